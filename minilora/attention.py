@@ -3,7 +3,7 @@
 One rule serves training, packing, padding and decoding. A query sees a key if
 
     the key is not later            k ≤ q
-    it is inside the window         q - k < window      (window layers only; strictly, as Gemma does)
+    it is inside the window         q - k < window      (window layers only; strictly, as in Gemma)
     it is of the same document      doc(k) = doc(q)     (packed conversations; padding is another)
 
 Indices count slots of the row, not positions: inside one document their differences are the same.

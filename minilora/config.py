@@ -29,7 +29,7 @@ def builtin(source: str | Path) -> Path:
 
 
 def read_json(path: str | Path) -> object:
-    """The JSON value in a file. Raises UserError with the file, the line and what is wrong there."""
+    """The JSON value in a file. Raises UserError with file, line and what is wrong there."""
     try:
         return json.loads(Path(path).read_bytes().decode("utf-8"))
     except FileNotFoundError:
@@ -90,7 +90,7 @@ class GemmaConfig:
 
     @property
     def sandwich_norms(self) -> bool:
-        """Gemma 2 and 3 also normalise what attention and feed-forward return: four norms a layer."""
+        """Gemma 2 and 3 also normalise what attention and MLP return: four norms a layer."""
         return self.model_type != "gemma"
 
     @classmethod
@@ -109,7 +109,7 @@ class GemmaConfig:
         family = raw.get("model_type")
         if family not in FAMILIES:
             raise UserError(f"{source}: model_type is {family!r}; minilora reads "
-                            f"{', '.join(FAMILIES)} and gemma3: choose a Gemma 1, 2 or 3 checkpoint")
+                            f"{', '.join(FAMILIES)} and gemma3: choose a Gemma checkpoint")
         given = {key: value for key, value in raw.items() if value is not None}
         # A cap is the one setting whose null means something: off.
         caps = {key: raw[key] for key in ("attn_logit_softcapping", "final_logit_softcapping")
@@ -170,7 +170,7 @@ class GemmaConfig:
 
 
 def _layer_types(raw: dict, family: str, layers: int, source: str) -> tuple[str, ...]:
-    """Which layers look through a window. Gemma 2 alternates from local; Gemma 3 has five to one."""
+    """Which layers look through a window. Gemma 2: every other one; Gemma 3: five to one."""
     types = raw.get("layer_types")
     if types is None:
         # Older configs leave the pattern to the code: transformers `configuration_gemma2.py` and
@@ -243,7 +243,7 @@ class TrainConfig:
     """One training run: what it reads, how it learns, what it writes."""
 
     model: str = setting("nano", "checkpoint folder or hub id; nano is the built-in base")
-    data: str = setting("nano/train.jsonl", "conversations: JSON or JSON Lines, comma between files")
+    data: str = setting("nano/train.jsonl", "JSON or JSON Lines, comma between files")
     eval_data: str = setting("", "held-out conversations (default: --eval-share of the data)")
     out: str = setting("", "run folder (default: runs/ and the data's name)")
     steps: int = setting(0, "optimizer steps (0: as --epochs says)")

@@ -4,8 +4,8 @@ r"""The tied embedding, and new tokens as a handful of trainable rows beside the
     logits ◄── table and rows ◄── hidden            (tied: the same numbers on the way out)
 
 The table is one tensor, used for both ways, and is never copied, resized or wrapped. A new token is
-a row of `rows` [n, D], in float32. `append` gives it an id after the vocabulary, so logits grow by n
-columns; `reserved` gives it the id of an `<unusedN>` slot, whose column its row then takes over.
+a row of `rows` [n, D], in float32. `append` gives it an id after the vocabulary, so logits grow by
+n columns; `reserved` gives it the id of an `<unusedN>` slot, whose column its row then takes over.
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 
 class TokenEmbedding(nn.Module):
-    """The table [V, D] and, once tokens are added, their rows [n, D] with the ids they stand for."""
+    """The table [V, D] and, once tokens are added, their rows [n, D] with their ids."""
 
     def __init__(self, vocab_size: int, hidden_size: int) -> None:
         super().__init__()

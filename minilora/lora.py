@@ -23,7 +23,7 @@ Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106
 (rsLoRA's scale: Kalajdzievski 2023, arXiv:2312.03732). With g = ∂L/∂y the gradients are, for one
 token, ∂L/∂B = s · gᵀ (x Aᵀ) and ∂L/∂A = s · (g B)ᵀ x; `tests/test_gradients.py` holds them to it.
 
-A and B are float32 masters whatever W's dtype is: an update of 1e-4 of a weight is lost in bfloat16.
+A and B are float32 masters whatever W's dtype is: in bfloat16 an update of 1e-4 would be lost.
 """
 
 import fnmatch
@@ -75,21 +75,33 @@ class LoRALinear(nn.Module):
         return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scaling)
 
     @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + s · B A [out, in], added in float32 and rounded once to W's dtype."""
+        return (self.weight.float() + self.delta()).to(self.weight.dtype)
+
+    @torch.no_grad()
     def merge(self, undo: bool = False) -> None:
-        """W ← W + s · B A, added in float32 and rounded once to W's dtype."""
-        merged = (self.weight.float() + self.delta()).to(self.weight.dtype)
+        """W ← W + s · B A. Raises UserError where W's dtype cannot hold that."""
+        merged = self.merged_weight()
         if not torch.isfinite(merged).all():
             raise UserError(f"W + BA overflows {self.weight.dtype}; load the base in bfloat16 or "
                             "float32 before merging")
         self.base = self.weight.clone() if undo else None
         self.weight.copy_(merged)
-        self.merged = True
+        self._mark(merged=True)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """W ← the bytes it had before `merge(undo=True)`."""
         self.weight.copy_(self.base)
-        self.base, self.merged = None, False
+        self.base = None
+        self._mark(merged=False)
+
+    def _mark(self, merged: bool) -> None:
+        """Once merged, A and B act no more and are not trained."""
+        self.merged = merged
+        self.lora_A.requires_grad_(not merged)
+        self.lora_B.requires_grad_(not merged)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
@@ -97,11 +109,11 @@ class LoRALinear(nn.Module):
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
-    """Puts a LoRALinear in the place of every linear that `config.targets` choose; freezes the rest.
+    """Puts a LoRALinear in the place of each linear that `config.targets` choose; freezes all else.
 
-    A target is a module's last name (`q_proj`) or a pattern over its whole name (`layers.1?.mlp.*`).
+    A target is a module's last name (`q_proj`) or a pattern over its full name (`layers.1?.mlp.*`).
     Returns the names of what was wrapped, in the model's order. A is drawn from `seed`, in that
-    order. Raises UserError for a target that matches nothing, and for a model that has LoRA already.
+    order. Raises UserError for a target that matches nothing and a model that has LoRA already.
     """
     if adapted(model):
         raise UserError("this model has LoRA attached already; load the base anew to attach other")
@@ -143,7 +155,7 @@ def merge(model: nn.Module, undo: bool = False) -> None:
     """Folds every adapter into its W, and every trained embedding row into its place.
 
     The sum is made in float32 and rounded once. `undo=True` keeps W's bytes (a second copy of the
-    adapted weights) so that `unmerge` can put them back. Raises UserError, with the model unchanged,
+    adapted weights) so that `unmerge` can put them back. Raises UserError, the model unchanged,
     for a NaN or Inf in A, B, W or a row, and for a model that is merged or has nothing to merge.
     """
     parts = _parts(model)

@@ -42,7 +42,7 @@ class RMSNorm(nn.Module):
 
 def rotation(positions: Tensor, head_dim: int, theta: float, factor: float,
              dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, T, H] of the angles by which RoPE turns (arXiv:2104.09864, section 3.4)."""
+    """cos and sin [B, 1, T, H] of the angles that RoPE turns by (arXiv:2104.09864, section 3.4)."""
     wide = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
     angles = positions[:, None, :, None].to(wide) / (factor * theta ** steps)   # [B, 1, T, H/2]
@@ -76,6 +76,11 @@ class KVCache:
         self.keys[layer, :, :, self.length:end] = k
         self.values[layer, :, :, self.length:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def keep(self, rows: list[int]) -> None:
+        """Forgets all rows of the batch but these."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.documents = self.documents[rows]
 
 
 class Attention(nn.Module):
@@ -153,7 +158,7 @@ class Layer(nn.Module):
 
 
 class Gemma(nn.Module):
-    """The whole model. `hidden_states` runs the layers, `logits` the tied projection and the cap."""
+    """The whole model: `hidden_states` runs the layers, `logits` the tied table and the cap."""
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
@@ -204,7 +209,7 @@ class Gemma(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [.., D] → logits [.., V'] in float32 (or wider), soft-capped where the config says."""
+        """hidden [.., D] → logits [.., V'] in float32 (or wider), with their soft-cap if any."""
         logits = self.embed_tokens.decode(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping

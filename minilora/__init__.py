@@ -1,0 +1,27 @@
+"""minilora: LoRA from scratch, in pure PyTorch, that teaches a Gemma chat model to call functions.
+
+Read it in this order; a file imports only from those above it.
+
+    config.py       every setting and its default: Gemma's shape, LoRA, a run, decoding
+    lora.py         W frozen, A and B trained; attach, merge, unmerge: the idea on one screen
+    embedding.py    the tied table, and new tokens as a few trainable rows beside it
+    attention.py    what a query may see, and the attention that honours it
+    model.py        Gemma 1, 2 and 3, from RMSNorm to hidden states
+    weights.py      safetensors to model, strict both ways; the hub
+    tokenizer.py    SentencePiece and new tokens; text never turns into control tokens
+    chat.py         conversations and tools to ids with a kind each; replies to tool calls
+    data.py         files to conversations to examples to packed batches
+    loss.py         chunked cross-entropy over what the assistant must write
+    trainer.py      new rows, schedule, optimizer step, held-out loss
+    checkpoint.py   adapters in peft's layout, training state, merged export
+    generate.py     cached decoding
+    tools.py        Python functions as tools; think, call, observe, answer
+    evaluate.py     tool-call accuracy by comparing calls
+    report.py       metrics, progress, curves
+    __main__.py     python -m minilora …
+    nano/           the built-in base, its data, and the script that made both
+
+`train.py` and `infer.py`, beside the package, are the two programs that use it.
+"""
+
+__version__ = "0.1.0"

@@ -1,0 +1,141 @@
+"""Cached decoding: the prompts are read once, then each step runs the one new token of every row.
+
+    prompts   a b c d e      step 1   f      step 2   g     …  until a stop id, `max_new`
+              · · p q r               s               t        or the end of the context
+
+Prompts of different lengths are padded on the left, so that all rows write at the same slot.
+Padding is a document of its own, which no token of the text sees, and positions count from the
+first token of the text: a row writes what it would write alone. Only the last hidden state of a row
+meets the vocabulary.
+"""
+
+from collections.abc import Collection, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from minilora.config import GenerateConfig, UserError
+from minilora.model import Gemma, KVCache
+from minilora.tokenizer import Tokenizer
+
+
+def generate(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
+             stop_ids: Collection[int]) -> list[list[int]]:
+    """The new ids of each prompt, without the stop id that ended them. Raises what `steps` does."""
+    replies = [[] for _ in prompts]
+    for step in steps(model, prompts, config, stop_ids):
+        for reply, new in zip(replies, step, strict=True):
+            if new is not None:
+                reply.append(new)
+    return replies
+
+
+def stream(model: Gemma, prompt: list[int], config: GenerateConfig,
+           stop_ids: Collection[int]) -> Iterator[int]:
+    """The new ids of one prompt, each as soon as it is drawn. Raises what `steps` does."""
+    for new, in steps(model, [prompt], config, stop_ids):
+        yield new
+
+
+@torch.no_grad()
+def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
+          stop_ids: Collection[int]) -> Iterator[list[int | None]]:
+    """Yields each step's new id for every prompt, None for those that have ended.
+
+    The model is in eval mode (no dropout) while this runs. The same seed draws the same ids for the
+    same batch. Raises UserError for a prompt that is empty or fills the model's context, and for
+    logits that are not finite.
+    """
+    limit = model.config.max_position_embeddings
+    for prompt in prompts:
+        if not 0 < len(prompt) < limit:
+            raise UserError(f"the prompt has {len(prompt)} tokens and the model's context {limit}; "
+                            "it needs at least one and room to answer (shorten the conversation, "
+                            "or offer fewer tools)")
+    if not prompts:
+        return
+    device, dtype = model.embed_tokens.weight.device, model.embed_tokens.weight.dtype
+    left = [min(config.max_new, limit - len(prompt)) for prompt in prompts]  # tokens yet to write
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    width = int(lengths.max())
+    ids = torch.zeros(len(prompts), width, dtype=torch.int64)                # [B, T]
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt):] = torch.tensor(prompt)
+    positions = torch.arange(width) - (width - lengths)[:, None]             # [B, T], padding < 0
+    documents = (positions >= 0).long()                                      # [B, T], padding 0
+    ids, documents = ids.to(device), documents.to(device)
+    positions = positions.clamp(min=0).to(device)
+
+    cache = KVCache(model.config, len(prompts), width + max(left) - 1, dtype, device)
+    generator = torch.Generator(device).manual_seed(config.seed)
+    rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
+    going = set(rows)
+    training = model.training
+    model.eval()
+    try:
+        while going:
+            hidden = model.hidden_states(ids, positions, documents, cache)   # [B, T, D]
+            new = pick(model.logits(hidden[:, -1]), config, generator)       # [B]
+            step: list[int | None] = [None] * len(prompts)
+            for prompt, drawn in zip(rows, new.tolist(), strict=True):
+                if prompt not in going:
+                    continue
+                if drawn in stop_ids:
+                    going.remove(prompt)
+                    continue
+                step[prompt] = drawn
+                left[prompt] -= 1
+                if not left[prompt]:
+                    going.remove(prompt)
+            if any(drawn is not None for drawn in step):
+                yield step
+            ids, positions, documents = new[:, None], positions[:, -1:] + 1, None
+            if going and 2 * len(going) <= len(rows):
+                # Rows that have ended leave, not one by one, because leaving copies the cache.
+                kept = [row for row, prompt in enumerate(rows) if prompt in going]
+                rows = [rows[row] for row in kept]
+                ids, positions = ids[kept], positions[kept]
+                cache.keep(kept)
+    finally:
+        model.train(training)
+
+
+def pick(logits: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
+    """Draws one id a row from logits [B, V]; returns [B].
+
+    Temperature 0 (below 1e-6 nothing else is left) and top_k 1 take the likeliest. Otherwise
+    softmax(logits / temperature) is cut to the `top_k` likeliest ids, then to the nucleus: the
+    fewest of these whose share reaches `top_p` (Holtzman et al. 2019, arXiv:1904.09751, section
+    3.1), which is one id at least.
+    """
+    if not logits.amax(-1).isfinite().all():
+        raise UserError("the model's logits are not finite; its weights or adapter are broken, or "
+                        "its dtype is too narrow (try --dtype float32)")
+    if config.temperature < 1e-6 or config.top_k == 1:
+        return logits.argmax(-1)
+    scaled = logits / config.temperature                                     # [B, V]
+    if not config.top_k and config.top_p == 1:
+        return torch.multinomial(scaled.softmax(-1), 1, generator=generator)[:, 0]
+    count = min(config.top_k or logits.shape[-1], logits.shape[-1])
+    scaled, ids = scaled.topk(count)                                         # [B, k], falling
+    shares = scaled.softmax(-1)
+    before = shares.cumsum(-1) - shares                                      # of all likelier ids
+    shares = shares.masked_fill(before >= config.top_p, 0.0)
+    return ids.gather(-1, torch.multinomial(shares, 1, generator=generator))[:, 0]
+
+
+def stream_text(ids: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """The text of `ids` piece by piece, as it comes; all pieces together are the text of all ids.
+
+    A character may be spread over several byte pieces: text that ends inside one waits for the
+    rest. `Tokenizer.decode` looks at no neighbours apart from bytes, so what is out is done with.
+    """
+    waiting: list[int] = []
+    for new in ids:
+        waiting.append(new)
+        text = tokenizer.decode(waiting)
+        if not text.endswith("\ufffd"):  # what an unfinished character is decoded to
+            yield text
+            waiting = []
+    if waiting:
+        yield tokenizer.decode(waiting)

@@ -1,0 +1,158 @@
+"""What people look at: the plan of a run, its progress, its curve, and one line for a mistake."""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from minilora.chat import Kind
+from minilora.config import UserError
+from minilora.data import IGNORED, Example
+from minilora.tokenizer import Tokenizer
+from minilora.weights import write_file
+
+
+def run_command(main: Callable[[], None]) -> int:
+    """Runs a command; a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    try:
+        main()
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def say(text: str) -> None:
+    """A line for a person, on stderr, above a progress bar if there is one."""
+    tqdm.write(text, file=sys.stderr)
+
+
+def count(number: float) -> str:
+    """12_345_678 → 12.3 M."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """4000 → 1 h 07 min; 95 → 1 min 35 s."""
+    seconds = round(seconds)
+    if seconds >= 3600:
+        return f"{seconds // 3600} h {seconds % 3600 // 60:02} min"
+    return f"{seconds // 60} min {seconds % 60:02} s" if seconds >= 60 else f"{seconds} s"
+
+
+def table(rows: Iterable[tuple[str, str]]) -> str:
+    """Two aligned columns."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def progress(total: int, done: int = 0, unit: str = "step") -> tqdm:
+    """A bar with the time left, on a terminal; silent where stderr is a file."""
+    return tqdm(total=total, initial=done, unit=unit, disable=None, dynamic_ncols=True)
+
+
+# --- metrics: one JSON object a line --------------------------------------------------------------
+
+def append_metrics(path: Path, record: dict) -> None:
+    """Adds a line to metrics.jsonl."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """The lines of metrics.jsonl; a last one that was cut short by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def forget_metrics_after(path: Path, step: int) -> None:
+    """Drops the lines of later steps, which a run resumed at `step` will write again."""
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+
+
+def draw_curve(metrics: Path, picture: Path) -> bool:
+    """Draws loss and held-out loss over the steps as a PNG. False where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    records = read_metrics(metrics)
+    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
+    held = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    if train:
+        steps, losses = zip(*train, strict=True)
+        axes.plot(steps, losses, color="#9bb7d4", linewidth=1, label="training, each step")
+        window = max(1, len(losses) // 20)
+        smooth = [sum(losses[max(0, i - window + 1):i + 1]) / min(i + 1, window)
+                  for i in range(len(losses))]
+        axes.plot(steps, smooth, color="#1f5a96", linewidth=2, label=f"mean of {window} steps")
+    if held:
+        axes.plot(*zip(*held, strict=True), "o-", color="#c8502d", label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per trained token)",
+             title="Loss on what the assistant must write")
+    if min((loss for _, loss in train + held), default=0) > 0:
+        axes.set_yscale("log")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend()
+    figure.savefig(picture, dpi=120)
+    return True
+
+
+# --- tokens, coloured by kind ---------------------------------------------------------------------
+
+# One ANSI colour a kind: grey for what is only read, colours for what may be trained.
+_COLORS = {Kind.PROMPT: "90", Kind.THINK: "35", Kind.TOOL_CALL: "36", Kind.TOOL_RESPONSE: "33",
+           Kind.ANSWER: "32", Kind.END: "31"}
+
+
+def color_tokens(example: Example, tokenizer: Tokenizer, color: bool = True) -> str:
+    """A conversation as its tokens: coloured by kind, and underlined where they carry loss.
+
+    Without colour, what carries loss stands between ⟦ and ⟧.
+    """
+    kinds, trained = example.kinds.tolist(), (example.labels != IGNORED).tolist()
+    text = []
+    start = 0
+    for at in range(1, len(kinds) + 1):
+        if at < len(kinds) and (kinds[at], trained[at]) == (kinds[start], trained[start]):
+            continue
+        span = tokenizer.decode(example.ids[start:at].tolist())
+        if color:
+            code = _COLORS[Kind(kinds[start])] + (";4" if trained[start] else "")
+            # A newline ends a line's colours in many pagers, so each line gets its own.
+            span = "\n".join(f"\033[{code}m{line}\033[0m" if line else ""
+                             for line in span.split("\n"))
+        elif trained[start]:
+            span = f"⟦{span}⟧"
+        text.append(span)
+        start = at
+    return "".join(text)
+
+
+def color_legend(color: bool = True) -> str:
+    """What the colours of `color_tokens` mean."""
+    if not color:
+        return "⟦ ⟧ carries loss"
+    names = (f"\033[{code}m{kind.name.lower()}\033[0m" for kind, code in _COLORS.items())
+    return " · ".join(names) + " · \033[4munderlined\033[0m carries loss"

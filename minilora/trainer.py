@@ -1,0 +1,154 @@
+"""The parts of training that can be tested on their own; `train.py` is the loop that uses them.
+
+New tokens and their rows, the learning rate of a step, the parameter groups, one optimizer step
+over several batches, the endless stream of batches, and the loss on held-out conversations.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minilora.chat import get_dialect
+from minilora.config import TrainConfig, UserError
+from minilora.data import IGNORED, Batch, Example, batches
+from minilora.lora import trainable
+from minilora.loss import token_loss
+from minilora.model import Gemma
+from minilora.tokenizer import Tokenizer
+
+
+def add_dialect(model: Gemma, tokenizer: Tokenizer, dialect: str, mode: str) -> list[int]:
+    """Gives the dialect's tokens their ids and trainable rows, in one step; returns the ids.
+
+    Each row starts from the mean of the pieces of the token's description. A base that knows all of
+    the tokens already (a merged model) gets none.
+    """
+    described = get_dialect(dialect).tokens
+    table = model.embed_tokens
+    ids = tokenizer.add_tokens(described, mode, first=table.num_embeddings)
+    new = [(i, text) for i, text in zip(ids, described.values(), strict=True)
+           if mode == "reserved" or i >= table.num_embeddings]
+    if new:
+        start = table.start([tokenizer.encode(text) for _, text in new])
+        table.add_rows([i for i, _ in new], start)
+    return [i for i, _ in new]
+
+
+def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
+    """The rate of step 0 … steps - 1: a linear rise, then cosine, linear or constant to the end.
+
+    The rise takes `warmup` of the steps and ends at `lr`; cosine and linear reach 0 one step after
+    the last, so that every step learns something.
+    """
+    warmup = math.ceil(config.warmup * steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    left = (steps - step) / max(1, steps - warmup)  # 1 after the rise, 0 at the end
+    if config.schedule == "cosine":
+        return config.lr * 0.5 * (1 + math.cos(math.pi * (1 - left)))
+    return config.lr * (left if config.schedule == "linear" else 1.0)
+
+
+def make_optimizer(model: Gemma, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW over A and B, with weight decay, and over the rows of new tokens, without.
+
+    Rows are not decayed: towards zero is no sensible place for an embedding.
+    """
+    trained = trainable(model)
+    adapters = [p for name, p in trained.items() if "lora_" in name]
+    rows = [p for name, p in trained.items() if "lora_" not in name]
+    groups = [{"params": adapters, "weight_decay": config.weight_decay},
+              {"params": rows, "weight_decay": 0.0}]
+    fused = model.embed_tokens.weight.device.type == "cuda"
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr,
+                             betas=(0.9, 0.999), fused=fused)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    loss: float       # mean over the trained tokens of the step
+    grad_norm: float  # before clipping
+    tokens: int       # of conversations, padding left out
+    trained: int      # tokens that carry loss
+
+
+def trained_tokens(batch: Batch) -> int:
+    """How many tokens of a batch carry loss."""
+    return int((batch.labels[:, 1:] != IGNORED).sum())
+
+
+def batch_loss(model: Gemma, batch: Batch) -> Tensor:
+    """The sum of the losses of a batch's trained tokens."""
+    hidden = model.hidden_states(batch.input_ids, batch.positions, batch.documents)  # [B, T, D]
+    return token_loss(model, hidden, batch.labels)[0]
+
+
+def train_step(model: Gemma, optimizer: torch.optim.Optimizer, step: Sequence[Batch], lr: float,
+               clip: float) -> Step:
+    """One optimizer step over one or several batches.
+
+    The sum of all losses is divided once, by all the trained tokens of the step, so that eight
+    batches of one row are one batch of eight rows. Raises UserError, with nothing changed, where
+    the gradient is not finite.
+    """
+    model.train()
+    device = model.embed_tokens.weight.device
+    trained = sum(map(trained_tokens, step))
+    loss = torch.zeros((), device=device)
+    for batch in step:
+        total = batch_loss(model, batch.to(device)) / trained
+        total.backward()
+        loss += total.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
+    if not torch.isfinite(norm):
+        optimizer.zero_grad(set_to_none=True)
+        raise UserError(f"loss {loss.item():g} and gradient norm {norm.item():g} are not finite; "
+                        "try a lower --lr, or --dtype float32")
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    tokens = sum(int((batch.documents > 0).sum()) for batch in step)
+    return Step(loss.item(), norm.item(), tokens, trained)
+
+
+@torch.no_grad()
+def held_out_loss(model: Gemma, held_out: Iterable[Batch]) -> float:
+    """The mean loss over all trained tokens of the batches; NaN where there is none."""
+    training, device = model.training, model.embed_tokens.weight.device
+    model.eval()
+    total, count = 0.0, 0
+    for batch in held_out:
+        total += batch_loss(model, batch.to(device)).item()
+        count += trained_tokens(batch)
+    model.train(training)
+    return total / count if count else math.nan
+
+
+def plan_steps(examples: Sequence[Example], config: TrainConfig) -> int:
+    """How many optimizer steps the run has: as `steps` says, or as `epochs` over the data give."""
+    if config.steps:
+        return config.steps
+    each = len(batches(examples, config.batch, config.length, config.seed, 0, config.pack))
+    return max(1, math.ceil(config.epochs * each / config.accumulate))
+
+
+def stream_batches(examples: Sequence[Example], config: TrainConfig, skip: int = 0,
+                   ) -> Iterator[Batch]:
+    """Endless batches, epoch after epoch, each epoch in an order of its own.
+
+    The order follows from the seed alone, so that a resumed run skips what it has seen and goes on.
+    """
+    epoch = 0
+    while True:
+        of_epoch = batches(examples, config.batch, config.length, config.seed, epoch, config.pack)
+        for index in range(min(skip, len(of_epoch)), len(of_epoch)):
+            yield of_epoch[index]
+        skip = max(0, skip - len(of_epoch))
+        epoch += 1

@@ -1,0 +1,198 @@
+"""Every gradient that minilora makes by hand, and every closed form it states, in float64.
+
+`gradcheck` compares a backward with finite differences of its forward, so that a sign, a factor or
+a missing mask cannot hide. Nothing of the sort is run by the projects this one learned from.
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_model
+from torch import nn
+from torch.autograd import gradcheck
+
+from minilora.attention import attend, visible
+from minilora.config import LoraConfig
+from minilora.data import IGNORED
+from minilora.lora import LoRALinear, attach, trainable
+from minilora.loss import token_loss
+
+WIDE = torch.float64
+
+
+def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (scale * torch.randn(*shape, generator=generator, dtype=WIDE)).requires_grad_()
+
+
+def lora_linear(rslora: bool = False) -> LoRALinear:
+    """A LoRALinear in float64 with every number drawn, B too."""
+    layer = LoRALinear(nn.Linear(7, 5, bias=False), rank=3, alpha=4.5, rslora=rslora).to(WIDE)
+    with torch.no_grad():
+        for seed, parameter in enumerate(layer.parameters()):
+            parameter.copy_(draw(*parameter.shape, seed=seed))
+    return layer
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_closed_forms_of_dA_and_dB(rslora):
+    """dB = s · gᵀ (x Aᵀ) and dA = s · (g B)ᵀ x, as the head of lora.py states them."""
+    layer, x, g = lora_linear(rslora), draw(11, 7, seed=8), draw(11, 5, seed=9)
+    layer(x).backward(g)
+    s = 4.5 / (3 ** 0.5 if rslora else 3)
+    torch.testing.assert_close(layer.lora_B.grad, s * g.mT @ (x @ layer.lora_A.mT))
+    torch.testing.assert_close(layer.lora_A.grad, s * (g @ layer.lora_B).mT @ x)
+    torch.testing.assert_close(x.grad, g @ (layer.weight + s * layer.lora_B @ layer.lora_A))
+    assert layer.weight.grad is None
+
+
+def test_lora_linear_gradcheck():
+    layer = lora_linear()
+
+    def run(x, A, B):
+        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+
+    inputs = (draw(4, 7, seed=3), draw(3, 7, seed=4), draw(5, 3, seed=5))
+    assert gradcheck(run, inputs)
+
+
+@pytest.mark.parametrize("window, documents, softcap, heads",
+                         [*itertools.product([None, 3], [False, True], [None, 2.0], [(4, 2)]),
+                          (3, True, 2.0, (3, 1)), (None, True, 2.0, (2, 2))])
+def test_attention_gradcheck(window, documents, softcap, heads):
+    N, K = heads
+    docs = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]) if documents else None
+    slots = torch.arange(6)
+    mask = visible(slots, slots, docs, docs, window)
+    q, k, v = draw(2, N, 6, 4, seed=1, scale=2), draw(2, K, 6, 4, seed=2), draw(2, K, 6, 4, seed=3)
+    assert gradcheck(lambda q, k, v: attend(q, k, v, mask, 0.7, softcap), (q, k, v))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_attention_is_the_textbook_formula(softcap):
+    """Against four lines that anybody can check, with grouped heads and a mask."""
+    q, k, v = draw(2, 4, 6, 8, seed=1), draw(2, 2, 6, 8, seed=2), draw(2, 2, 6, 8, seed=3)
+    mask = visible(torch.arange(6), torch.arange(6), window=4)
+    scores = q @ k.repeat_interleave(2, 1).mT * 0.3
+    scores = scores if softcap is None else softcap * torch.tanh(scores / softcap)
+    expected = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v.repeat_interleave(2, 1)
+    torch.testing.assert_close(attend(q, k, v, mask, 0.3, softcap), expected)
+
+
+def wide_model(mode: str | None, model_type: str = "gemma2", **overrides):
+    """A tiny model in float64, new rows added as `mode` says."""
+    model = tiny_model(model_type, dtype=WIDE, vocab_size=40, hidden_size=12, intermediate_size=16,
+                       num_hidden_layers=2, head_dim=4, sliding_window=3, **overrides)
+    if mode:
+        ids = [40, 41, 42] if mode == "append" else [7, 5, 30]
+        model.embed_tokens.add_rows(ids, draw(3, 12, seed=7).detach())
+        model.embed_tokens.rows.data = model.embed_tokens.rows.data.to(WIDE)
+    return model
+
+
+def with_parameters(model, names, loss):
+    """`loss()` as a function of the named parameters, for gradcheck."""
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self):
+            return loss()
+
+    module = Loss()
+    return lambda *values: torch.func.functional_call(
+        module, {f"model.{name}": value for name, value in zip(names, values, strict=True)}, ())
+
+
+@pytest.mark.parametrize("mode", [None, "append", "reserved"])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("chunk", [2, 100])
+def test_loss_gradcheck(mode, softcap, chunk):
+    """The chunked loss: hidden and rows, chunks that do not divide, capped and not."""
+    model = wide_model(mode, final_logit_softcapping=softcap)
+    last = model.embed_tokens.num_embeddings - 1
+    labels = torch.tensor([[IGNORED, 5, IGNORED, 30, 7], [IGNORED, 39, 5, 2, last]])
+
+    def loss(hidden):
+        return token_loss(model, hidden, labels, chunk)[0]
+
+    hidden = draw(2, 5, 12, seed=1, scale=2.0)
+    assert gradcheck(loss, (hidden,))
+    if mode:
+        run = with_parameters(model, ["embed_tokens.rows"], lambda: loss(hidden.detach()))
+        assert gradcheck(run, (draw(3, 12, seed=2),))
+
+
+@pytest.mark.parametrize("mode", [None, "append", "reserved"])
+def test_loss_is_cross_entropy_of_the_logits(mode):
+    """The same number and gradient as the plain way: all logits, float64, F.cross_entropy."""
+    model = wide_model(mode)
+    hidden = draw(2, 6, 12, seed=1)
+    labels = torch.randint(0, model.embed_tokens.num_embeddings, (2, 6))
+    labels[0, :3] = IGNORED
+    total, count = token_loss(model, hidden, labels, chunk=3)
+    plain = F.cross_entropy(model.logits(hidden)[:, :-1].flatten(0, 1), labels[:, 1:].flatten(),
+                            ignore_index=IGNORED, reduction="sum")
+    assert count == int((labels[:, 1:] != IGNORED).sum()) == 8
+    torch.testing.assert_close(total, plain)
+    watched = [hidden, *trainable(model).values()]
+    for got, expected in zip(torch.autograd.grad(3.0 * total, watched),
+                             torch.autograd.grad(3.0 * plain, watched), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_batch_with_nothing_to_train_stays_connected():
+    model = wide_model("append")
+    hidden = draw(1, 4, 12)
+    total, count = token_loss(model, hidden, torch.full((1, 4), IGNORED))
+    total.backward()
+    assert count == 0 and total.item() == 0.0
+    assert not hidden.grad.any() and not model.embed_tokens.rows.grad.any()
+
+
+@pytest.mark.parametrize("mode", ["append", "reserved"])
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_whole_model_gradcheck(model_type, mode):
+    """Blocks with LoRA on every linear, caps, windows, documents and new rows, down to the loss."""
+    extra = dict(sliding_window_pattern=2) if model_type == "gemma3_text" else {}
+    model = wide_model(mode, model_type, **extra)
+    attach(model, LoraConfig(rank=2, alpha=3.0))
+    model.embed_tokens.rows.requires_grad_(True)
+    for seed, (name, parameter) in enumerate(trainable(model).items()):
+        parameter.data = draw(*parameter.shape, seed=seed, scale=0.3).detach()
+        assert "lora_" in name or name == "embed_tokens.rows"
+    new = model.embed_tokens.row_ids.tolist()
+    ids = torch.tensor([[2, 9, new[0], 4, 2, new[1], new[2], 0]])
+    labels = torch.tensor([[IGNORED, 9, new[0], IGNORED, IGNORED, new[1], new[2], IGNORED]])
+    documents = torch.tensor([[1, 1, 1, 1, 2, 2, 2, 0]])
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 0]])
+    names = ["layers.0.self_attn.k_proj.lora_A", "layers.1.self_attn.q_proj.lora_B",
+             "layers.1.mlp.gate_proj.lora_A", "layers.0.mlp.down_proj.lora_B", "embed_tokens.rows"]
+    parameters = dict(model.named_parameters())
+
+    def loss():
+        return token_loss(model, model.hidden_states(ids, positions, documents), labels)[0]
+
+    values = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
+    assert gradcheck(with_parameters(model, names, loss), values, fast_mode=True)
+
+
+def test_a_document_has_no_gradient_from_another():
+    """A token of one conversation has exactly zero gradient from the loss of another."""
+    model = tiny_model("gemma2", dtype=WIDE)
+    x = draw(1, 20, 72, seed=4)
+    ids = torch.randint(3, 500, (1, 20))
+    documents = torch.tensor([[1] * 8 + [2] * 9 + [0] * 3])
+    model.embed_tokens.encode = lambda _: x  # watch what enters the first layer
+    hidden = model.hidden_states(ids, documents=documents)
+    for document in (1, 2):
+        labels = torch.where(documents == document, ids, IGNORED)
+        labels[0, [0, 8]] = IGNORED
+        total, _ = token_loss(model, hidden, labels)
+        (grad,) = torch.autograd.grad(total, x, retain_graph=True)
+        inside = documents[0] == document
+        assert (grad[0, ~inside] == 0).all()
+        assert grad[0, inside].abs().sum() > 0

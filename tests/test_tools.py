@@ -1,0 +1,515 @@
+"""Functions become schemas, calls are checked before they run, and the loop ends."""
+
+import enum
+import json
+import threading
+from typing import Annotated, Any, Literal, Union
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minilora.chat import DIALECTS, Message, ToolCall
+from minilora.config import UserError
+from minilora.tools import check_arguments, converse, load_tools, run_call, tool_schema
+
+
+def parameters(function):
+    return tool_schema(function)["function"]["parameters"]
+
+
+def hint_schema(hint):
+    def tool(value): ...
+    tool.__annotations__["value"] = hint
+    return parameters(tool)["properties"]["value"]
+
+
+# --- schemas --------------------------------------------------------------------------------------
+
+class Unit(enum.Enum):
+    CELSIUS = "celsius"
+    KELVIN = "kelvin"
+
+
+def get_weather(city: str, days: int = 1, *, unit: Unit = Unit.CELSIUS) -> dict:
+    """Tells the weather
+    of a city.
+
+    Asks nobody.
+
+    Args:
+        city (str, never a village): The city,
+            with its country: "Paris, FR".
+        days: How many days.
+
+    Returns:
+        city: this is no description of the parameter.
+    """
+    return {"city": city, "days": days, "unit": unit.name}
+
+
+def test_a_whole_schema():
+    assert tool_schema(get_weather) == {"type": "function", "function": {
+        "name": "get_weather", "description": "Tells the weather of a city. Asks nobody.",
+        "parameters": {"type": "object", "properties": {
+            "city": {"type": "string", "description": 'The city, with its country: "Paris, FR".'},
+            "days": {"type": "integer", "description": "How many days."},
+            "unit": {"type": "string", "enum": ["celsius", "kelvin"]}}, "required": ["city"]}}}
+
+
+@pytest.mark.parametrize("hint, expected", [
+    (str, {"type": "string"}), (int, {"type": "integer"}), (float, {"type": "number"}),
+    (bool, {"type": "boolean"}), (None, {"type": "null"}), (Any, {}),
+    (list, {"type": "array"}), (dict, {"type": "object"}), (dict[str, Any], {"type": "object"}),
+    (list[list[int]], {"type": "array", "items": {"type": "array", "items": {"type": "integer"}}}),
+    (dict[str, float], {"type": "object", "additionalProperties": {"type": "number"}}),
+    (Literal["a", "b"], {"type": "string", "enum": ["a", "b"]}),
+    (Literal[1, "b", True], {"type": ["integer", "string", "boolean"], "enum": [1, "b", True]}),
+    (int | None, {"type": ["integer", "null"]}),
+    (Union[int, str], {"type": ["integer", "string"]}),  # noqa: UP007 (it has another origin)
+    ("int | None", {"type": ["integer", "null"]}),
+    (list[str] | None, {"anyOf": [{"type": "array", "items": {"type": "string"}},
+                                  {"type": "null"}]}),
+    (Annotated[int, 7, "How many.", "x"], {"type": "integer", "description": "How many."}),
+    (Annotated[int, []], {"type": "integer"}),
+])
+def test_hints(hint, expected):
+    assert hint_schema(hint) == expected
+
+
+@pytest.mark.parametrize("hint", [set, bytes, complex, object, tuple[int, str], dict[int, str],
+                                  list[bytes], int | set, Literal[b"x"], enum.Enum("Empty", []),
+                                  enum.Enum("Odd", {"A": object()})])
+def test_a_hint_that_json_lacks_is_refused_with_function_and_parameter(hint):
+    with pytest.raises(UserError, match="tool tool, parameter value: "):
+        hint_schema(hint)
+
+
+def test_functions_that_a_call_cannot_reach_are_refused():
+    def bare(city): ...
+    def stars(*cities: str): ...
+    def named(**cities: str): ...
+    def positional(city: str, /): ...
+    def unknown(city: "Nowhere"): ...  # noqa: F821
+    async def later(city: str): ...
+
+    for function, message in [(bare, "tool bare, parameter city: no type hint"),
+                              (stars, "tool stars, parameter cities: a call passes"),
+                              (named, "tool named, parameter cities: a call passes"),
+                              (positional, "tool positional, parameter city: a call passes"),
+                              (unknown, "tool unknown: its type hints cannot be read"),
+                              (later, "tool later is async")]:
+        with pytest.raises(UserError, match=message) as caught:
+            tool_schema(function)
+        assert "\n" not in str(caught.value)
+
+
+REST = """Adds.
+
+:returns: city, the sum
+:param int first: The first
+    note: it
+    Example:
+    is a number.
+:type second: int
+:param second: The second.
+
+No description of anything.
+"""
+NUMPY = """Adds.
+
+Parameters
+----------
+first : int
+    The first
+    note: it
+    Example:
+    is a number.
+second : int, optional
+    The second.
+
+    No description of anything.
+
+Returns
+-------
+int
+    The sum.
+"""
+GOOGLE = """Adds.
+
+Args:
+  first: The first
+    note: it
+    Example:
+    is a number.
+  second (Optional[int]): The second.
+No description of anything.
+"""
+
+
+@pytest.mark.parametrize("text", [REST, NUMPY, GOOGLE], ids=["reST", "NumPy", "Google"])
+def test_docstring_styles(text):
+    def add(first: int, second: int = 0): ...
+    add.__doc__ = text
+    schema = tool_schema(add)["function"]
+    assert schema["description"] == "Adds."
+    assert [each.get("description") for each in schema["parameters"]["properties"].values()] == [
+        "The first note: it Example: is a number.", "The second."]
+
+
+def test_annotated_wins_over_the_docstring_and_neither_is_needed():
+    def both(city: Annotated[str, "From the hint."]):
+        """Args:
+            city: From the docstring."""
+
+    def neither(city: str): ...
+
+    assert parameters(both)["properties"]["city"]["description"] == "From the hint."
+    assert tool_schema(neither)["function"]["description"] == ""
+    assert parameters(neither)["properties"] == {"city": {"type": "string"}}
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+def plan(days: int, share: float, name: str, sure: bool, tags: list[str],
+         kind: Literal["a", 1] = "a", note: str | None = None,
+         rooms: dict[str, list[int]] | None = None): ...
+
+
+GOOD = {"days": 1, "share": 2, "name": "x", "sure": True, "tags": ["a"]}
+
+
+@pytest.mark.parametrize("change, problems", [
+    ({}, []), ({"share": 0.5}, []), ({"note": None}, []), ({"kind": 1}, []), ({"tags": []}, []),
+    ({"rooms": {"a": [1]}}, []),
+    ({"days": True}, ["days: expected an integer, got true"]),
+    ({"days": 1.0}, ["days: expected an integer, got 1.0"]),
+    ({"days": "1"}, ['days: expected an integer, got "1"']),
+    ({"days": None}, ["days: expected an integer, got null"]),
+    ({"share": True}, ["share: expected a number, got true"]),
+    ({"share": "2"}, ['share: expected a number, got "2"']),
+    ({"name": 5}, ["name: expected a string, got 5"]),
+    ({"sure": 1}, ["sure: expected a boolean, got 1"]),
+    ({"tags": "a"}, ['tags: expected an array, got "a"']),
+    ({"tags": ["a", 2]}, ["tags[1]: expected a string, got 2"]),
+    ({"kind": "c"}, ['kind: expected one of "a", 1, got "c"']),
+    ({"kind": True}, ['kind: expected one of "a", 1, got true']),
+    ({"note": 3}, ["note: expected a string or null, got 3"]),
+    ({"rooms": {"a": ["b"]}}, ['rooms: expected an object or null, got {"a": ["b"]}']),
+    ({"town": 1}, ["town: unknown parameter (known: days, share, name, sure, tags, kind, note, "
+                   "rooms)"]),
+    ({"nmae": 1}, ["nmae: unknown parameter, did you mean name? (known: days, share, name, sure, "
+                   "tags, kind, note, rooms)"]),
+    ({"days": "1", "sure": "é"}, ['days: expected an integer, got "1"',
+                                 'sure: expected a boolean, got "é"']),
+])
+def test_what_is_wrong_with_arguments(change, problems):
+    assert check_arguments(tool_schema(plan), {**GOOD, **change}) == problems
+
+
+def test_what_is_missing():
+    assert check_arguments(tool_schema(plan), {"days": 1, "share": 1.0, "sure": False}) == [
+        "name: missing, expected a string", "tags: missing, expected an array"]
+    assert check_arguments(tool_schema(plan), [1]) == ["arguments: expected an object, got [1]"]
+
+
+def test_nested_objects_of_a_foreign_schema():
+    # As data sets write them: bare, with dict, float and any, with objects inside.
+    schema = {"name": "find", "parameters": {"type": "dict", "properties": {
+        "near": {"type": "dict", "properties": {"x": {"type": "float"}, "y": {}},
+                 "required": ["x"]},
+        "what": {"type": "any"},
+        "either": {"anyOf": [{"type": "integer"}, {"type": "array", "items": {"type": "null"}}]},
+    }}}
+    assert check_arguments(schema, {"near": {"x": 1, "y": True}, "what": True, "either": [None]}) \
+        == []
+    assert check_arguments(schema, {"near": {"y": 1, "z": 2}, "either": "x"}) == [
+        "near.x: missing, expected a float", "near.z: unknown parameter (known: x, y)",
+        'either: expected an integer or an array, got "x"']
+    choice = {"name": "pick", "parameters": {"properties": {"x": {"enum": [1, "a"]}}}}
+    assert check_arguments(choice, {"x": 1}) == []
+    assert check_arguments(choice, {"x": True}) == ['x: expected one of 1, "a", got true']
+    assert check_arguments({"name": "now"}, {}) == []
+    assert check_arguments({"name": "now"}, [1]) == ["arguments: expected an object, got [1]"]
+    assert check_arguments({"name": "now"}, {"zone": 1}) == ["zone: unknown parameter "
+                                                              "(known: none)"]
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner,
+                                                                max_size=2), max_leaves=5)
+
+
+def json_type(value):
+    """What JSON Schema calls a Python value."""
+    return {type(None): "null", bool: "boolean", int: "integer", float: "number", str: "string",
+            list: "array", dict: "object"}[type(value)]
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(value=JSON, kind=st.sampled_from(["null", "boolean", "integer", "number", "string", "array",
+                                         "object"]))
+def test_a_value_fits_its_own_type_and_no_other(value, kind):
+    schema = {"name": "f", "parameters": {"properties": {"x": {"type": kind}}}}
+    fits = json_type(value) == kind or (json_type(value) == "integer" and kind == "number")
+    assert (check_arguments(schema, {"x": value}) == []) is fits
+
+
+# --- running --------------------------------------------------------------------------------------
+
+def run(function, timeout=30.0, budget=4000, **arguments):
+    return run_call({function.__name__: function}, ToolCall(function.__name__, arguments), timeout,
+                    budget)
+
+
+def test_a_result_is_text_or_json():
+    def text() -> str:
+        return 'plain "é"'
+
+    def number():
+        return 3.5
+
+    def nothing():
+        pass
+
+    assert run(text) == 'plain "é"'
+    assert run(number) == "3.5" and run(nothing) == "null"
+    assert run(get_weather, city="Zürich", unit="kelvin") == (
+        '{"city": "Zürich", "days": 1, "unit": "KELVIN"}')
+
+
+def test_arguments_are_converted_as_the_hints_ask():
+    def types(a: float, b: list[Unit], c: Annotated[dict[str, float], "x"],
+              d: Unit | None = None, e: float | None = None, f: int | float = 0):
+        assert b == [Unit.KELVIN] and d is None
+        return [type(each).__name__ for each in (a, *c.values(), e, f)]
+
+    assert run(types, a=1, b=["kelvin"], c={"x": 2}, d=None, e=3, f=4) == (
+        '["float", "float", "float", "int"]')
+
+
+def test_what_goes_wrong_goes_back_to_the_model():
+    def bad_result():
+        return {1, 2}
+
+    def not_a_number():
+        return [float("nan")]
+
+    def circular():
+        value = []
+        value.append(value)
+        return value
+
+    def explode(city: str):
+        raise LookupError(f"no such city:\n{city}")
+
+    def leave():
+        raise SystemExit(3)
+
+    def error(function, **arguments):
+        return json.loads(run(function, **arguments))["error"]
+
+    assert error(explode, city="Ur") == "LookupError: no such city: Ur"
+    assert error(leave) == "SystemExit: 3"
+    assert "set is not JSON" in error(bad_result)
+    assert "Out of range float" in error(not_a_number)
+    assert "Circular" in error(circular)
+    assert error(explode, city=1) == "city: expected a string, got 1"
+    assert error(get_weather) == "city: missing, expected a string"
+    call = ToolCall("get_wether", {})
+    functions = {"get_weather": get_weather, "leave": leave}
+    assert json.loads(run_call(functions, call)) == {
+        "error": "get_wether: unknown tool, did you mean get_weather? (known: get_weather, leave)"}
+    assert json.loads(run_call({}, call)) == {"error": "get_wether: unknown tool (known: none)"}
+
+
+def test_a_bad_call_never_reaches_the_function():
+    reached = []
+
+    def touch(count: int):
+        reached.append(count)
+
+    for arguments in ({}, {"count": "1"}, {"count": True}, {"count": 1, "force": True}):
+        assert "error" in json.loads(run_call({"touch": touch}, ToolCall("touch", arguments)))
+    assert reached == []
+    run(touch, count=1)
+    assert reached == [1]
+
+
+def test_a_function_that_takes_too_long_is_left_behind():
+    gate, ended = threading.Event(), threading.Event()
+
+    def wait():
+        gate.wait()
+        if threading.current_thread().daemon:  # it does not keep the program from ending
+            ended.set()
+        return "late"
+
+    late = '{"error": "wait took longer than 0.01 seconds"}'
+    assert run(wait, timeout=0.01) == late
+    _, events, _ = talk([hermes("wait"), "Too slow."], [wait], timeout=0.01)
+    assert events[1].text == late
+    gate.set()
+    assert ended.wait(10)  # it was not stopped: Python cannot
+
+
+def test_a_long_result_is_cut_and_says_so():
+    def long():
+        return "é" * 50
+
+    assert run(long, budget=50) == "é" * 50
+    assert run(long, budget=10) == "é" * 10 + "… (cut: 10 of 50 characters)"
+
+
+def test_half_a_surrogate_pair_does_not_get_through():
+    def broken():
+        return "a\ud800b"
+
+    def raises():
+        raise ValueError("a\ud800b")
+
+    assert run(broken) == "a?b"
+    assert run(raises).encode()
+
+
+# --- a file of tools ------------------------------------------------------------------------------
+
+def write(folder, text, name="my_tools.py"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_public_functions_of_a_file(tmp_path):
+    write(tmp_path, "def helper(x: int): return x + 1\n", "neighbour.py")
+    path = write(tmp_path, "from __future__ import annotations\n"
+                           "import json\nfrom dataclasses import dataclass\n"
+                           "from neighbour import helper\n"
+                           "def one(x: int): return helper(x)\n"
+                           "def _hidden(x): ...\n"
+                           "@dataclass\nclass Thing:\n    x: int\n"
+                           "def two(): return Thing(2).x\n")
+    functions = load_tools(path)
+    assert list(functions) == ["one", "two"]
+    assert run(functions["one"], x=1) == "2" and run(functions["two"]) == "2"
+
+
+def test_a_list_of_tools_decides(tmp_path):
+    path = write(tmp_path, "import math\ndef _area(r: float) -> float: return r * r\n"
+                           "def other(): ...\nTOOLS = [_area]\n")
+    assert list(load_tools(path)) == ["_area"]
+
+
+@pytest.mark.parametrize("text, message", [
+    ("def f(:\n", r"my_tools.py:1: "),
+    ("import os\n\nimport no_such_module\n", r"my_tools.py:3: importing it raised "
+                                              r"ModuleNotFoundError: No module"),
+    ("raise SystemExit(0)", r"my_tools.py:1: importing it raised SystemExit: 0"),
+    ("", r"my_tools.py: no tools in it"),
+    ("import json\nfrom json import dumps\n_x = 1\ndef _f(): ...\n", r"no tools in it"),
+    ("TOOLS = [3]", r"TOOLS holds 3; expected functions"),
+    ("import json\nTOOLS = [json]", r"TOOLS holds <module 'json'"),
+    ("def f(): ...\ndef g(): ...\ng.__name__ = 'f'\n", r"two tools are called f"),
+    ("def f(x): ...", r"tool f, parameter x: no type hint"),
+])
+def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_tools(write(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    folder = tmp_path / "folder.py"
+    folder.mkdir()
+    for path in (tmp_path / "none.py", folder, write(tmp_path, "x", "tools.txt")):
+        with pytest.raises(UserError, match="no such Python file"):
+            load_tools(path)
+
+
+# --- think, act, observe --------------------------------------------------------------------------
+
+def talk(replies, functions=(get_weather,), dialect="hermes", **options):
+    """What `converse` makes of a model that says these replies: messages and (kind, text)."""
+    messages, said = [Message("user", "Weather?")], iter(replies)
+    seen = []  # how many messages each reply could see
+
+    def reply(history):
+        seen.append(len(history))
+        return next(said)
+
+    named = {function.__name__: function for function in functions}
+    events = list(converse(messages, reply, named, dialect, **options))
+    return messages, events, seen
+
+
+def hermes(name, **arguments):
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+def test_think_call_observe_answer():
+    messages, events, seen = talk([
+        "<think>\nI need it.\n</think>\nLet me look.\n" + hermes("get_weather", city="Paris"),
+        "Sunny."])
+    result = '{"city": "Paris", "days": 1, "unit": "CELSIUS"}'
+    call = ToolCall("get_weather", {"city": "Paris"})
+    assert [(event.kind, event.text) for event in events] == [
+        ("thinking", "I need it."), ("text", "Let me look."),
+        ("call", 'get_weather(city="Paris")'), ("result", result), ("answer", "Sunny.")]
+    assert [event.call for event in events] == [None, None, call, call, None]
+    assert messages == [
+        Message("user", "Weather?"),
+        Message("assistant", "Let me look.", "I need it.", (call,)),
+        Message("tool", result, name="get_weather"), Message("assistant", "Sunny.")]
+    assert seen == [1, 3]
+
+
+def test_several_calls_run_in_their_order_and_ids_come_along():
+    values = [{"name": "get_weather", "arguments": {"city": city}, "id": f"id{city}"}
+              for city in "AB"]
+    messages, events, _ = talk(["[TOOL_CALLS] " + json.dumps(values), "Both."], dialect="mistral")
+    assert [event.kind for event in events] == ["call", "result", "call", "result", "answer"]
+    assert [message.tool_call_id for message in messages] == [None, None, "idA", "idB", None]
+
+
+def test_errors_go_back_and_the_model_may_mend_them():
+    messages, events, _ = talk([hermes("weather"), hermes("get_weather", town="Ur"),
+                                hermes("get_weather", city="Ur"), "Dry."])
+    assert [event.kind for event in events] == ["call", "result"] * 3 + ["answer"]
+    assert ["error" in json.loads(message.content) for message in messages[2:7:2]] == [
+        True, True, False]
+
+
+def test_a_call_that_cannot_be_read_goes_back_as_it_stood():
+    broken = '<tool_call>\n{"name": "get_weather"'
+    messages, events, seen = talk([broken, "Sorry."])
+    assert [event.kind for event in events] == ["malformed", "answer"]
+    assert messages[1] == Message("assistant", broken)
+    assert messages[2].role == "tool"
+    assert "could not be read: not JSON" in json.loads(messages[2].content)["error"]
+    assert seen == [1, 3]
+
+
+@pytest.mark.parametrize("reply", [hermes("get_weather", city="Ur"), "<tool_call>"])
+def test_a_model_that_never_answers_is_stopped(reply):
+    messages, events, seen = talk([reply] * 9, rounds=3)
+    assert (events[-1].kind, events[-1].text) == ("limit", "no answer after 3 rounds")
+    assert len(seen) == 3 and len(messages) == 1 + 2 * 3
+
+
+def test_text_of_the_model_is_never_evaluated():
+    evil = '__import__("os").system("true")'
+    reached = []
+
+    def save(text: str):
+        reached.append(text)
+
+    talk([hermes("save", text=evil), hermes(evil), evil], [save])
+    assert reached == [evil]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_an_answer_without_a_call_ends_at_once_in_every_dialect(dialect):
+    messages, events, _ = talk([" Hello. "], (), dialect)
+    assert [(event.kind, event.text) for event in events] == [("answer", "Hello.")]
+    assert messages[-1] == Message("assistant", "Hello.")

@@ -1,0 +1,197 @@
+"""The parts of the loop: rates, groups, accumulation by token count, order of batches, new rows."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from tiny_tokenizer import make_tokenizer_model
+
+from minilora.chat import DIALECTS, Conversation, Message
+from minilora.config import LoraConfig, TrainConfig, UserError
+from minilora.data import IGNORED, Example, batches, make_example
+from minilora.lora import adapted, attach, trainable
+from minilora.tokenizer import Tokenizer
+from minilora.trainer import (
+    add_dialect,
+    held_out_loss,
+    learning_rate,
+    make_optimizer,
+    plan_steps,
+    stream_batches,
+    train_step,
+)
+
+
+def some_examples(count: int, seed: int = 0) -> list[Example]:
+    """Conversations of 6 to 20 random tokens of which the latter part is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    examples = []
+    for number in range(count):
+        size = int(torch.randint(6, 21, (), generator=generator))
+        ids = torch.randint(3, 500, (size,), generator=generator)
+        labels = ids.clone()
+        labels[:int(torch.randint(2, size - 1, (), generator=generator))] = IGNORED
+        examples.append(Example(ids, torch.zeros(size, dtype=torch.uint8), labels, f"row {number}"))
+    return examples
+
+
+def model_with_lora(seed: int = 0):
+    model = tiny_model("gemma2", seed=seed)
+    attach(model, LoraConfig(rank=2, alpha=4.0))
+    model.embed_tokens.add_rows([512], torch.zeros(1, 72))
+    return model
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_schedules(schedule):
+    config = TrainConfig(schedule=schedule, lr=2.0, warmup=0.1)
+    rates = [learning_rate(step, 50, config) for step in range(50)]
+    assert rates[:5] == pytest.approx([0.4, 0.8, 1.2, 1.6, 2.0])
+    assert max(rates) == pytest.approx(2.0) and min(rates) > 0
+    falling = [a > b for a, b in zip(rates[5:], rates[6:], strict=False)]
+    assert all(falling) if schedule != "constant" else not any(falling)
+    if schedule == "linear":  # straight: 45 equal parts of the way to 0
+        assert rates[5:] == pytest.approx([2.0 * (45 - i) / 45 for i in range(45)])
+    if schedule == "cosine":
+        assert rates[5 + 15] == pytest.approx(1.5)  # cos 60° is a half
+
+
+def test_warmup_of_nothing_and_of_one_step():
+    assert learning_rate(0, 10, TrainConfig(warmup=0.0, lr=1.0)) == 1.0
+    assert learning_rate(0, 1, TrainConfig(warmup=0.03, lr=1.0)) == 1.0
+
+
+def test_rows_are_not_decayed():
+    model = model_with_lora()
+    groups = make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in trainable(model).items():
+        assert (id(parameter) in decayed) == ("lora_" in name)
+    assert sum(len(group["params"]) for group in groups) == len(trainable(model))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_one_times_eight_is_eight_times_one(pack):
+    """The same step whether eight rows come in one batch, in two or in eight, packed or padded."""
+    examples = some_examples(8)
+    results = []
+    for size in (8, 4, 1):
+        model = model_with_lora()
+        with torch.no_grad():
+            for layer in adapted(model).values():
+                layer.lora_B.fill_(0.02)
+        optimizer = make_optimizer(model, TrainConfig())
+        step = list(batches(examples, size, 32 if pack else 20, seed=1, pack=pack))
+        done = train_step(model, optimizer, step, lr=1e-2, clip=1.0)
+        results.append((done, {name: p.detach().clone() for name, p in trainable(model).items()}))
+    for done, parameters in results[1:]:
+        assert (done.tokens, done.trained) == (results[0][0].tokens, results[0][0].trained)
+        assert done.loss == pytest.approx(results[0][0].loss, rel=1e-5)
+        assert done.grad_norm == pytest.approx(results[0][0].grad_norm, rel=1e-4)
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter, results[0][1][name], rtol=0, atol=2e-4)
+
+
+def test_packed_equals_unpacked_in_loss_and_gradient():
+    examples = some_examples(6, seed=3)
+    norms = []
+    for pack in (True, False):
+        model = model_with_lora()
+        step = list(batches(examples, 2, 48, seed=1, pack=pack))
+        done = train_step(model, make_optimizer(model, TrainConfig()), step, lr=0.0, clip=0.0)
+        norms.append((done.loss, done.grad_norm, done.trained))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_clipping_bounds_the_step_and_reports_the_norm_before():
+    model = model_with_lora()
+    seen = []
+    optimizer = make_optimizer(model, TrainConfig())
+    optimizer.step = lambda: seen.append(math.sqrt(sum(
+        float(p.grad.square().sum()) for p in trainable(model).values() if p.grad is not None)))
+    step = list(batches(some_examples(4), 4, 32))
+    norm = train_step(model, optimizer, step, 1e-3, clip=0.0).grad_norm
+    assert train_step(model, optimizer, step, 1e-3, clip=norm / 3).grad_norm == pytest.approx(norm)
+    assert seen == pytest.approx([norm, norm / 3], rel=1e-4)
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing():
+    model = model_with_lora()
+    model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    with pytest.raises(UserError, match="not finite"):
+        train_step(model, make_optimizer(model, TrainConfig()),
+                   list(batches(some_examples(2), 2, 32)), 1e-3, 1.0)
+    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
+    assert all(p.grad is None for p in trainable(model).values())
+
+
+def test_loss_falls_and_the_base_stays():
+    model = model_with_lora()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = make_optimizer(model, TrainConfig())
+    step = list(batches(some_examples(4), 4, 40))
+    losses = [train_step(model, optimizer, step, 1e-2, 1.0).loss for _ in range(15)]
+    assert losses[-1] < 0.7 * losses[0]
+    assert held_out_loss(model, step) < losses[-1]
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
+
+
+def test_held_out_loss_is_the_mean_over_tokens_and_leaves_the_mode():
+    model = model_with_lora()
+    examples = some_examples(5)
+    model.train()
+    whole = held_out_loss(model, batches(examples, 5, 40))
+    assert model.training
+    parts = [held_out_loss(model, [batch]) for batch in batches(examples, 1, 21, pack=False)]
+    weights = [int((batch.labels != IGNORED).sum())
+               for batch in batches(examples, 1, 21, pack=False)]
+    mean = sum(p * w for p, w in zip(parts, weights, strict=True)) / sum(weights)
+    assert whole == pytest.approx(mean, rel=1e-5)
+    assert math.isnan(held_out_loss(model, []))
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_stream_resumes_anywhere(pack):
+    """Skipping n batches gives what comes after n batches, across epochs, each in another order."""
+    examples = some_examples(9)
+    config = TrainConfig(batch=2, length=32, pack=pack, seed=4)
+    stream = stream_batches(examples, config)
+    straight = [next(stream).input_ids for _ in range(14)]
+    for skip in (0, 1, 5, 12):
+        resumed = stream_batches(examples, config, skip)
+        for ids in straight[skip:]:
+            assert torch.equal(next(resumed).input_ids, ids)
+    each = len(batches(examples, 2, 32, 4, 0, pack))
+    first = [row.tolist() for ids in straight[:each] for row in ids]
+    second = [row.tolist() for ids in straight[each:2 * each] for row in ids]
+    assert first != second
+
+
+def test_steps_of_a_run():
+    examples = some_examples(10)
+    each = len(batches(examples, 2, 32, 0, 0, True))
+    plan = TrainConfig(batch=2, length=32, accumulate=2)
+    assert plan_steps(examples, plan) == math.ceil(each / 2)
+    assert plan_steps(examples, dataclasses.replace(plan, epochs=2.5)) == math.ceil(2.5 * each / 2)
+    assert plan_steps(examples, dataclasses.replace(plan, steps=7)) == 7
+
+
+@pytest.mark.parametrize("mode", ["append", "reserved"])
+@pytest.mark.parametrize("dialect", list(DIALECTS))
+def test_new_tokens_get_ids_and_rows_in_one_step(tmp_path, mode, dialect):
+    model = tiny_model("gemma2", vocab_size=520)  # a table longer than the vocabulary, as Gemma 3's
+    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path).parent)
+    described = DIALECTS[dialect].tokens
+    ids = add_dialect(model, tokenizer, dialect, mode)
+    assert ids == [tokenizer.token_id(token) for token in described]
+    assert ids == list(range(520, 520 + len(ids))) if mode == "append" else max(ids) < 106
+    table = model.embed_tokens
+    assert table.row_ids.tolist() == ids
+    for row, text in zip(table.rows, described.values(), strict=True):
+        torch.testing.assert_close(row, table.weight[tokenizer.encode(text)].mean(0))
+    conversation = Conversation((Message("user", "hi"), Message("assistant", "hello")))
+    example = make_example(conversation, tokenizer, dialect, 64)
+    assert int(example.ids.max()) < table.num_embeddings
