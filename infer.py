@@ -18,14 +18,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from minilora.chat import DIALECTS, Conversation, Message, dump_json, render
-from minilora.checkpoint import adapter_base, load_adapter
+from minilora.checkpoint import adapter_base, knows_dialect, open_model
 from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
 from minilora.generate import stream, stream_text
 from minilora.model import Gemma
 from minilora.report import run_command
 from minilora.tokenizer import Tokenizer
 from minilora.tools import ROUNDS, TIMEOUT, Event, converse, load_tools, tool_schema
-from minilora.weights import load_model, placement
+from minilora.weights import placement
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     tools = tuple(tool_schema(function) for function in functions.values())
     model, tokenizer, trained_on = load(flags)
     dialect = flags.dialect or trained_on
-    if tools and not knows(tokenizer, dialect):
+    if tools and not knows_dialect(tokenizer, dialect):
         raise UserError(f"this model has no tokens for {dialect} tool calls; train it with "
                         "train.py and give the run as --adapter")
     screen = Screen(flags.json, tuple(DIALECTS[dialect].tokens))
@@ -101,9 +101,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str]:
     """The model and adapter that the flags name, or else the newest run of plain `python train.py`
-    (runs/nano, runs/nano-2 …), or else the nano base.
-
-    The third value is the dialect: the adapter's, or the one whose tokens the model has.
+    (runs/nano, runs/nano-2 …), or else the nano base; and the dialect it speaks.
     """
     source, adapter = flags.model, flags.adapter
     if source is None and adapter is None:
@@ -113,22 +111,8 @@ def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str]:
     if source is None:
         source = adapter_base(adapter) if adapter else "nano"
     settings = from_flags(TrainConfig, flags)
-    device, dtype = placement(settings.device, settings.dtype)
     print(f"model {source}" + (f" with the adapter {adapter}" if adapter else ""), file=sys.stderr)
-    model = load_model(source, dtype, device)
-    tokenizer = Tokenizer.load(source)
-    if adapter:
-        return model, tokenizer, load_adapter(model, tokenizer, adapter)["dialect"]
-    spoken = [name for name in DIALECTS if knows(tokenizer, name)]
-    return model, tokenizer, spoken[0] if spoken else "hermes"
-
-
-def knows(tokenizer: Tokenizer, dialect: str) -> bool:
-    """Whether the tokenizer has all tokens of a dialect."""
-    try:
-        return all(tokenizer.token_id(token) >= 0 for token in DIALECTS[dialect].tokens)
-    except UserError:
-        return False
+    return open_model(source, adapter, *placement(settings.device, settings.dtype))
 
 
 # --- the screen -----------------------------------------------------------------------------------

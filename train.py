@@ -32,9 +32,10 @@ from minilora.config import (
     from_flags,
     read_settings,
 )
-from minilora.data import batches, make_examples, read_conversations, split, summary
+from minilora.data import batches, make_examples, split, summary
 from minilora.evaluate import Report, evaluate
 from minilora.lora import attach, trainable
+from minilora.readers import read_conversations, refuse, warn
 from minilora.report import (
     append_metrics,
     count,
@@ -56,7 +57,7 @@ from minilora.trainer import (
     stream_batches,
     train_step,
 )
-from minilora.weights import load_model, placement
+from minilora.weights import load_model, placement, write_file
 
 STARTED = time.perf_counter()
 
@@ -72,19 +73,22 @@ def main() -> None:
     tokenizer = Tokenizer.load(config.model)
     base = sum(p.numel() for p in model.parameters())
     wrapped = attach(model, lora, config.seed)
-    add_dialect(model, tokenizer, config.dialect, config.new_tokens)
+    new_tokens = add_dialect(model, tokenizer, config.dialect, config.new_tokens)
     model.recompute = config.recompute
     trained = sum(p.numel() for p in trainable(model).values())
 
     # --- the data: conversations, tokens, batches
-    conversations = read_conversations(config.data.split(","))
+    on_problem = warn if config.skip else refuse
+    conversations = read_conversations(config.data.split(","), on_problem)
     if config.eval_data:
-        held_out = read_conversations(config.eval_data.split(","))
+        held_out = read_conversations(config.eval_data.split(","), on_problem)
     else:
         conversations, held_out = split(conversations, config.eval_share, config.seed)
     examples, held_out_examples = (
-        make_examples(some, tokenizer, config.dialect, config.length, config.train_on)
+        make_examples(some, tokenizer, config.dialect, config.length, config.train_on, on_problem)
         for some in (conversations, held_out))
+    if not examples:
+        raise UserError(f"{config.data}: no conversation to train on is left")
     steps = plan_steps(examples, config)
     held_out_batches = batches(held_out_examples, config.batch, config.length, pack=config.pack)
     asked = held_out[:config.eval_calls]
@@ -94,7 +98,7 @@ def main() -> None:
         ("model", f"{config.model}: {model.config.model_type}, {count(base)} parameters, "
                   f"{dtype} on {device}".replace("torch.", "")),
         ("trains", f"{count(trained)} parameters ({trained / base:.2%}): rank {lora.rank} on "
-                   f"{len(wrapped)} linears, {len(model.embed_tokens.row_ids)} new tokens"),
+                   f"{len(wrapped)} linears, {len(new_tokens)} new tokens"),
         ("data", f"{facts['conversations']} conversations, {count(facts['tokens'])} tokens, "
                  f"{count(facts['trained'])} trained ({facts['trained'] / facts['tokens']:.0%}); "
                  f"{facts['cut']} cut to fit; {len(held_out)} held out"),
@@ -106,7 +110,6 @@ def main() -> None:
     ]))
 
     # --- from the start, or from where an earlier run was stopped
-    out.mkdir(parents=True, exist_ok=True)
     metrics = out / "metrics.jsonl"
     optimizer = make_optimizer(model, config)
     if flags.resume:
@@ -114,8 +117,8 @@ def main() -> None:
         forget_metrics_after(metrics, state["step"])
         say(f"resumed at step {state['step']} of {steps}")
     else:
-        (out / "config.json").write_text(json.dumps(
-            {**dataclasses.asdict(lora), **dataclasses.asdict(config)}, indent=2) + "\n")
+        chosen = {**dataclasses.asdict(lora), **dataclasses.asdict(config)}
+        write_file(out / "config.json", (json.dumps(chosen, indent=2) + "\n").encode())
         state = {"step": 0, "before": None}
         if asked:
             state["before"] = answer(model, tokenizer, asked, config, "before").calls.value
@@ -181,7 +184,8 @@ def main() -> None:
     rows = [("trained", f"{steps} steps in {duration(seconds)}, {tokens / seconds:.0f} tokens/s, "
                         f"{count(result['peak_bytes'])}B at most")]
     if after:
-        rows += [("calls right", f"{state['before']:.3f} before, {after.calls} after"),
+        before = "none" if state["before"] is None else f"{state['before']:.3f}"
+        rows += [("calls right", f"{before} before, {after.calls} after"),
                  ("no tool needed", f"{after.no_tool} answered without one, after")]
     rows += [("adapter", f"{out / 'adapter'}"), ("next", f'python infer.py --adapter {out} "…"')]
     print(table(rows))

@@ -10,7 +10,8 @@ Read it in this order; a file imports only from those above it.
     weights.py      safetensors to model, strict both ways; the hub
     tokenizer.py    SentencePiece and new tokens; text never turns into control tokens
     chat.py         conversations and tools to ids with a kind each; replies to tool calls
-    data.py         files to conversations to examples to packed batches
+    readers.py      four layouts of files to conversations
+    data.py         conversations to examples to packed batches
     loss.py         chunked cross-entropy over what the assistant must write
     trainer.py      new rows, schedule, optimizer step, held-out loss
     checkpoint.py   adapters in peft's layout, training state, merged export

@@ -11,15 +11,16 @@ import json
 import sys
 
 from minilora.chat import DIALECTS
-from minilora.checkpoint import adapter_base, export_merged, load_adapter
+from minilora.checkpoint import adapter_base, export_merged, open_model
 from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
-from minilora.data import make_example, make_examples, read_conversations, summary
+from minilora.data import make_example, make_examples, summary
 from minilora.evaluate import evaluate
 from minilora.lora import adapted
 from minilora.model import Gemma
+from minilora.readers import read_conversations
 from minilora.report import color_legend, color_tokens, count, progress, run_command, say, table
 from minilora.tokenizer import Tokenizer
-from minilora.weights import load_model, placement
+from minilora.weights import placement
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     for command in (measure, fold):
         command.add_argument("--adapter", help="run folder or adapter folder, peft's included",
                              required=command is fold)
-        command.add_argument("--dialect", choices=tuple(DIALECTS),
-                             help="how calls are written (default: as the adapter says)")
+        command.add_argument("--dialect", choices=tuple(DIALECTS), default=argparse.SUPPRESS,
+                             help="how calls are written (default: as the model was trained)")
         add_flags(command, TrainConfig, only=("model", "dtype", "device"))
 
     for command in commands.choices.values():
@@ -146,13 +147,12 @@ def merge_adapter(flags: argparse.Namespace) -> None:
 
 def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str, str]:
     """The model and tokenizer that the flags name, their dialect and the base's name."""
-    given = "model" in flags or not flags.adapter
-    base = from_flags(TrainConfig, flags).model if given else adapter_base(flags.adapter)
     config = from_flags(TrainConfig, flags)
-    device, dtype = placement(config.device, config.dtype)
-    model, tokenizer = load_model(base, dtype, device), Tokenizer.load(base)
-    said = load_adapter(model, tokenizer, flags.adapter) if flags.adapter else {}
-    return model, tokenizer, flags.dialect or said.get("dialect") or config.dialect, base
+    given = "model" in flags or not flags.adapter
+    base = config.model if given else adapter_base(flags.adapter)
+    model, tokenizer, spoken = open_model(base, flags.adapter,
+                                          *placement(config.device, config.dtype))
+    return model, tokenizer, getattr(flags, "dialect", spoken), base
 
 
 def dialect_tokenizer(config: TrainConfig) -> Tokenizer:

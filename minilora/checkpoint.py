@@ -26,13 +26,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minilora.chat import chat_template, get_dialect
+from minilora.chat import DIALECTS, chat_template, get_dialect
 from minilora.config import GemmaConfig, LoraConfig, UserError, read_json
 from minilora.lora import LoRALinear, adapted, attach, trainable
 from minilora.model import Gemma
 from minilora.tokenizer import FILES as TOKENIZER_FILES
 from minilora.tokenizer import Tokenizer
-from minilora.weights import checkpoint_name, locate, write_file
+from minilora.weights import checkpoint_name, load_model, locate, write_file
 
 FORMAT = 1  # of minilora.json and state.json
 SHARD_BYTES = 4 * 10**9  # most bytes of one file of a merged model
@@ -221,6 +221,8 @@ def save_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path, base: s
     modules, embedding = adapted(model), model.embed_tokens
     if not modules:
         raise UserError("nothing to save: this model has no adapter attached")
+    if Path(base).is_dir():  # so that the adapter finds it from any working directory
+        base = Path(base).resolve()
     _check_unmerged(model)
     _check_tokens(model, tokenizer)
     tensors = {}
@@ -324,6 +326,26 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
         order = sorted(range(len(ids)), key=ids.__getitem__)
         model.embed_tokens.add_rows(sorted(ids), tensors[_ROWS][order])
     return {"dialect": own["dialect"], "base": base}
+
+
+def open_model(source: str | None, adapter: str | Path | None, device: torch.device,
+               dtype: torch.dtype) -> tuple[Gemma, Tokenizer, str]:
+    """A base, with its adapter or without, or a merged model: model, tokenizer, dialect.
+
+    Without a source the adapter's own base is taken. The dialect is the adapter's; a model without
+    one has the dialect whose tokens its tokenizer knows, if any, else the first.
+    """
+    source = source or adapter_base(adapter)
+    model, tokenizer = load_model(source, dtype, device), Tokenizer.load(source)
+    if adapter:
+        return model, tokenizer, load_adapter(model, tokenizer, adapter)["dialect"]
+    spoken = [name for name in DIALECTS if knows_dialect(tokenizer, name)]
+    return model, tokenizer, (spoken or list(DIALECTS))[0]
+
+
+def knows_dialect(tokenizer: Tokenizer, dialect: str) -> bool:
+    """Whether the tokenizer has all tokens of a dialect."""
+    return DIALECTS[dialect].tokens.keys() <= tokenizer.new_tokens.keys()
 
 
 def _peft_name(module: str, key: str) -> str:

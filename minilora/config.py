@@ -244,6 +244,8 @@ class TrainConfig:
 
     model: str = setting("nano", "checkpoint folder or hub id; nano is the built-in base")
     data: str = setting("nano/train.jsonl", "JSON or JSON Lines, comma between files")
+    skip: bool = setting(False, "leave out rows that cannot be used, naming each, where otherwise "
+                         "the first ends the run")
     eval_data: str = setting("", "held-out conversations (default: --eval-share of the data)")
     out: str = setting("", "run folder (default: runs/ and the data's name)")
     steps: int = setting(0, "optimizer steps (0: as --epochs says)")

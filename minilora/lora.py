@@ -49,11 +49,12 @@ class LoRALinear(nn.Module):
         self.weight = linear.weight.requires_grad_(False)  # [out, in]
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         out_features, in_features = self.weight.shape
-        device = self.weight.device
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         # a = √5 gives U(-1/√in, 1/√in), nn.Linear's own start: what the paper's code and peft use.
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        # Drawn on the CPU, so that a seed means the same start on every device.
+        start = nn.init.kaiming_uniform_(torch.empty(rank, in_features), a=math.sqrt(5))
+        device = self.weight.device
+        self.lora_A = nn.Parameter(start.to(device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         self.merged = False
         self.base: Tensor | None = None  # W's bytes from before a merge that may be undone
 

@@ -23,11 +23,14 @@ def run_command(main: Callable[[], None]) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:  # a full disk, a folder that may not be written
+        print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -114,7 +117,8 @@ def draw_curve(metrics: Path, picture: Path) -> bool:
     if min((loss for _, loss in train + held), default=0) > 0:
         axes.set_yscale("log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend()
+    if train or held:
+        axes.legend()
     figure.savefig(picture, dpi=120)
     return True
 

@@ -1,15 +1,20 @@
-"""What several test files share: tiny models on shapes that tell bugs apart, real data."""
+"""What test files share: tiny models on shapes that tell bugs apart, a tokenizer, real data."""
 
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+from tiny_tokenizer import make_tokenizer_model
 
+from minilora.chat import DIALECTS
 from minilora.config import NANO, GemmaConfig
 from minilora.model import Gemma
+from minilora.tokenizer import Tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
+LAW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 # The query scalar is not the head dim, √D is exact in no dtype, the window is shorter than the
 # sequences of the tests, N / K ≠ 1, N·H ≠ D, and seven layers of Gemma 3 reach a global one.
@@ -54,6 +59,24 @@ def noise(shape: torch.Size, seed: int) -> torch.Tensor:
     """Numbers spread over (-1, 1) by a formula: the same with every version and machine."""
     at = torch.arange(math.prod(shape), dtype=torch.float64) + 7919.0 * seed
     return ((torch.sin(at * 12.9898) * 43758.5453) % 2.0 - 1.0).view(shape)
+
+
+# A tool as OpenAI writes it.
+TOOL = {"type": "function", "function": {
+    "name": "get_weather", "description": "Weather", "parameters": {
+        "type": "object", "properties": {"city": {"type": "string"}}}}}
+
+
+def load_tokenizer(model: Path) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, with the tokens of the Hermes dialect."""
+    tokenizer = Tokenizer.load(model.parent)
+    tokenizer.add_tokens(DIALECTS["hermes"].tokens)
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")))
 
 
 @pytest.fixture(scope="session")

@@ -61,7 +61,9 @@ def test_lora_linear_gradcheck():
 @pytest.mark.parametrize("window, documents, softcap, heads",
                          [*itertools.product([None, 3], [False, True], [None, 2.0], [(4, 2)]),
                           (3, True, 2.0, (3, 1)), (None, True, 2.0, (2, 2))])
-def test_attention_gradcheck(window, documents, softcap, heads):
+@pytest.mark.parametrize("block", [128, 2])
+def test_attention_gradcheck(window, documents, softcap, heads, block, monkeypatch):
+    monkeypatch.setattr("minilora.attention.BLOCK", block)
     N, K = heads
     docs = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]) if documents else None
     slots = torch.arange(6)
@@ -71,8 +73,10 @@ def test_attention_gradcheck(window, documents, softcap, heads):
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
-def test_attention_is_the_textbook_formula(softcap):
+@pytest.mark.parametrize("block", [128, 4])
+def test_attention_is_the_textbook_formula(softcap, block, monkeypatch):
     """Against four lines that anybody can check, with grouped heads and a mask."""
+    monkeypatch.setattr("minilora.attention.BLOCK", block)
     q, k, v = draw(2, 4, 6, 8, seed=1), draw(2, 2, 6, 8, seed=2), draw(2, 2, 6, 8, seed=3)
     mask = visible(torch.arange(6), torch.arange(6), window=4)
     scores = q @ k.repeat_interleave(2, 1).mT * 0.3

@@ -247,8 +247,9 @@ def test_reserved_ids_take_over_slots(tiny_dir):
 def test_a_known_token_keeps_its_id(tiny_dir, mode):
     tokenizer = Tokenizer.load(tiny_dir)
     ids = tokenizer.add_tokens([*TOOLS, "<end_of_turn>", TOOLS[0]], mode)
-    assert len(set(ids)) == 4 and ids[0] == ids[4] and ids[3] == 107
-    size = tokenizer.vocab_size
+    start, size = (512, 515) if mode == "append" else (7, 512)
+    assert ids == [start, start + 1, start + 2, 107, start]
+    assert tokenizer.vocab_size == size
     assert tokenizer.add_tokens(TOOLS, mode, first=512) == ids[:3]
     assert tokenizer.vocab_size == size and list(tokenizer.new_tokens) == TOOLS
 
@@ -274,13 +275,14 @@ def test_what_cannot_be_a_token_changes_nothing(tiny_dir, tokens, mode, first, e
     assert tokenizer.token_id("<unused0>") == 7
 
 
-def test_a_new_token_need_not_look_like_a_tag(tiny_dir, tmp_path):
+@pytest.mark.parametrize("token", ["CALL::", "CALL::" * 60])
+def test_a_new_token_need_not_look_like_a_tag(tiny_dir, tmp_path, token):
     tokenizer = Tokenizer.load(tiny_dir)
-    [new] = tokenizer.add_tokens(["CALL::"])
+    [new] = tokenizer.add_tokens([token])
     tokenizer.save(tmp_path)
-    again, text = Tokenizer.load(tmp_path), "a CALL:: b"
+    again, text = Tokenizer.load(tmp_path), f"a {token} b"
     assert new not in again.encode(text) == tokenizer.encode(text)
-    assert again.token_id("CALL::") == new and again.decode(again.encode(text)) == text
+    assert again.token_id(token) == new and again.decode(again.encode(text)) == text
 
 
 def gemma3_like(tiny_dir, folder):
@@ -306,6 +308,15 @@ def test_a_token_after_the_pieces_is_known(tiny_dir, tmp_path):
     assert 512 not in again.encode("<image_soft_token>")
 
 
+def test_ids_between_the_pieces_and_an_added_token_are_placeholders(tiny_dir, tmp_path):
+    shutil.copy(tiny_dir / "tokenizer.model", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"514": {"content": "<late>", "special": false}}}')
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode([512, 513, 514]) == "[PAD512][PAD513]<late>"
+    assert tokenizer.decode([512, 513, 514], skip_control=True) == "<late>"
+
+
 def test_a_token_that_the_table_has_no_row_for_gives_way(tiny_dir, tmp_path):
     tokenizer = Tokenizer.load(gemma3_like(tiny_dir, tmp_path / "base"))
     assert tokenizer.add_tokens(TOOLS[:2], first=512) == [512, 513]  # the text-only Gemma 3
@@ -323,8 +334,8 @@ def test_a_save_reads_back(grown, saved, reloaded):
     assert reloaded.new_tokens == grown.new_tokens
     assert list(reloaded.new_tokens) == TOOLS
     assert reloaded.vocab_size == grown.vocab_size
-    every = range(grown.vocab_size)
-    assert [reloaded.decode([i]) for i in every] == [grown.decode([i]) for i in every]
+    for i, skip in itertools.product(range(grown.vocab_size), (False, True)):
+        assert reloaded.decode([i], skip) == grown.decode([i], skip)
     assert reloaded.add_tokens(TOOLS) == list(grown.new_tokens.values())
     assert {path.name for path in saved.iterdir()} == {"tokenizer.model", "tokenizer_config.json"}
 
@@ -466,6 +477,16 @@ def test_added_tokens_of_a_tokenizer_json_alone_are_checked(tiny_dir, tmp_path, 
 
 def test_no_tokenizer_model(tmp_path):
     assert "tokenizer.model" in refusal(Tokenizer.load, tmp_path)
+
+
+@pytest.mark.parametrize("old, new", [
+    (b"", b""), (b"\n", b"\x08"), (b"<0x41>", b"<0x\x801>"), (b"London", b"Londo\x80")])
+def test_some_damage(tiny_dir, tmp_path, old, new):
+    """No bytes at all, a field of another kind, text that is not UTF-8."""
+    content = (tiny_dir / "tokenizer.model").read_bytes()
+    (tmp_path / "tokenizer.model").write_bytes(content.replace(old, new, 1) if old else b"")
+    line = refusal(Tokenizer.load, tmp_path)
+    assert str(tmp_path) in line and "not a whole SentencePiece model" in line
 
 
 @BOUNDED
