@@ -266,10 +266,11 @@ def _echo(rng: random.Random) -> Turns:
 
 
 def _records(rng: random.Random) -> Turns:
-    """Some key-value records in one of many layouts, and questions about single values."""
-    keys = list(dict.fromkeys(field_name(rng) for _ in range(rng.randrange(2, 5))))
-    names = list(dict.fromkeys(made_up(rng).capitalize() for _ in range(rng.choice((1, 1, 2, 3)))))
-    rows = {name: {key: VALUES[rng.choice(tuple(VALUES))](rng) for key in keys} for name in names}
+    """Records with keys of their own in one of many layouts; questions about values and keys."""
+    names = list(dict.fromkeys(made_up(rng).capitalize() if rng.random() < 0.6 else field_name(rng)
+                               for _ in range(rng.choice((1, 2, 2, 3)))))
+    rows = {name: {field_name(rng): VALUES[rng.choice(tuple(VALUES))](rng)
+                   for _ in range(rng.randrange(1, 4))} for name in names}
     pair, between = rng.choice(((": ", "\n"), (" = ", ", "), (": ", "; "), (" is ", ", "),
                                 (" - ", "\n"), (" ", " | "), ('="', '", ')))
     close = '"' if pair == '="' else ""
@@ -277,68 +278,73 @@ def _records(rng: random.Random) -> Turns:
                      for name, row in rows.items())
     turns = []
     for i in range(rng.randrange(3, 8)):
-        name, key = rng.choice(names), rng.choice(keys)
-        value = rows[name][key]
+        name, row = rng.choice(list(rows.items()))
+        key, value = rng.choice(list(row.items()))
         ask, answer = rng.choice((
             (f"What is the {spoken(key)} of {name}?", f"The {spoken(key)} is {value}."),
             (f"{key} of {name}?", f"{value}"), (f"{name}, {key}", f'"{value}"'),
             (f"Which of {name} is {value}?", key),
             (f"Tell me all about {name}.",
-             " ".join(f"The {spoken(k)} is {v}." for k, v in rows[name].items())),
-            (f"What is known of {name}?", f"{joined(keys)}."),
+             " ".join(f"The {spoken(k)} is {v}." for k, v in row.items())),
+            (f"What is known of {name}?", f"{joined(list(row))}."),
+            (f"What is known of {name}?", f"{joined(list(row))}."),
         ))
         turns.append((f"{text}\n{ask}" if i == 0 else ask, answer))
     return turns
 
 
+def label(rng: random.Random, thing: str) -> str:
+    """What is written on the box of a thing: the thing's words and perhaps one more."""
+    word = thing.replace(" ", "_")
+    style = rng.random()
+    if style < 0.6:
+        return f"{rng.choice(ADJECTIVES) if rng.random() < 0.6 else noun(rng)}_{word}"
+    return word if style < 0.75 else f"{word}_{noun(rng)}"
+
+
 def _boxes(rng: random.Random) -> Turns:
-    """Boxes with labels and contents: which one holds what is asked for, or none."""
-    count = rng.randrange(1, 6)
-    kind = rng.choice(("box", "room", "shop", "boat", "book", "person"))
-    holds = rng.choice(("holds", "is for", "knows", "has", "tells"))
-    things = list(dict.fromkeys(topic_name(rng) for _ in range(count)))
-    labels = list(dict.fromkeys(field_name(rng) for _ in things))
-    held = dict(zip(labels, things, strict=False))
-    lines = [rng.choice((f"{label} {holds} the {thing}", f"{label}: {thing}",
-                         f'"{label}" {holds} {thing}', f"{kind} {label}, it {holds} the {thing}"))
-             for label, thing in held.items()]
-    text = rng.choice((".\n", ". ", "\n", "; ")).join(lines)
-    turns = []
-    for _ in range(rng.randrange(3, 7)):
-        label, thing = rng.choice(list(held.items()))
-        if rng.random() < 0.3:
-            thing, label = topic_name(rng), "None"
-            if any(thing in other or other in thing for other in held.values()):
-                continue
-        stated = slots(rng)
-        ask = rng.choice((f"Which {kind} {holds} the {thing}?", f"Where is the {thing}?",
-                          f"Who {holds} the {thing}?", "Which one for: "
-                          + request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)))
-        turns.append((f"{text}\n{ask}" if not turns else ask,
-                      label if label != "None" else f"None. Nothing {holds} the {thing}."))
+    """Boxes with labels: which one is for what is asked for, or none. Other talk comes between."""
+    things: list[str] = []
+    for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
+        thing = topic_name(rng)
+        if not any(word in other for other in things for word in thing.split()):
+            things.append(thing)
+    missing = topic_name(rng)
+    kind = rng.choice(("box", "room", "shop", "boat", "book", "card"))
+    labels = {thing: label(rng, thing) for thing in things}
+    layout = rng.choice(("{}", '"{}"', "{}: for the {}", '"{}" has the {}', f"{kind} {{}} ({{}})"))
+    text = rng.choice((", ", "\n", "; ")).join(layout.format(labels[thing], thing)
+                                               for thing in things)
+    turns: Turns = []
+    for _ in range(rng.randrange(4, 8)):
+        thing = rng.choice(things)
+        if rng.random() < 0.25 and not any(word in other for other in things
+                                           for word in missing.split()):
+            thing = missing
+        ask = rng.choice((f"Which {kind} is for the {thing}?", f"Where is the {thing}?",
+                          f"{thing}?", f"Which {kind} for: "
+                          + request(rng, thing, rng.choice(VERBS), slots(rng),
+                                    rng.random() < 0.5)))
+        turns.append((f"{text}\n{ask}" if not turns else ask, labels.get(thing, "None.")))
+        if rng.random() < 0.2:
+            turns += rng.choice((_form, _chat, _echo))(rng)
     return turns
 
 
 def _form(rng: random.Random) -> Turns:
-    """A request and a form: every field is filled from the request, strings in quotes."""
+    """A request and a form: each field's kind is replaced by its value, a string's in quotes."""
     turns = []
-    pair = rng.choice((": ", ": ", " = ", " "))
-    between = rng.choice((", ", "\n", "; "))
     for _ in range(rng.randrange(1, 4)):
         stated = slots(rng)
-        topic = topic_name(rng)
-        text = request(rng, topic, rng.choice(VERBS), stated, rng.random() < 0.5)
-        marks = [rng.choice((f"{name} ({kind})", f"{name}: {kind}", f"{name}, {kind}"))
-                 for name, kind, _ in stated]
-        form = rng.choice(("Fill the form: ", "Form: ", "Fields: ", "Fill in: "))
+        text = request(rng, topic_name(rng), rng.choice(VERBS), stated, rng.random() < 0.5)
+        pair, between = rng.choice((": ", " = ", " ", " - ")), rng.choice((", ", "\n", "; "))
+        title = rng.choice(("Fill the form: ", "Form: ", "Fields: ", "Fill in: ", "Form:\n"))
+        empty = title + between.join(f"{name}{pair}{kind}" for name, kind, _ in stated)
         filled = between.join(
             f"{name}{pair}" + (f'"{value}"' if kind == "string" else str(value))
             for name, kind, value in stated)
-        layout = rng.random()
-        question = (f"{text}\n{form}{'; '.join(marks)}" if layout < 0.5
-                    else f"{form}{'; '.join(marks)}\n{text}")
-        turns.append((question, filled))
-        if rng.random() < 0.15:
+        turns.append((f"{text}\n{empty}" if rng.random() < 0.5 else f"{empty}\n{text}", filled))
+        if rng.random() < 0.25:
             turns.append((rng.choice(("Which fields are there?", "Name the fields.")),
                           f"{joined([name for name, _, _ in stated])}."))
     return turns
@@ -360,7 +366,7 @@ def _retell(rng: random.Random) -> Turns:
     return turns
 
 
-LESSONS = ((_form, 36), (_boxes, 22), (_records, 16), (_echo, 14), (_chat, 6), (_retell, 6))
+LESSONS = ((_form, 38), (_boxes, 30), (_records, 15), (_echo, 8), (_chat, 5), (_retell, 4))
 
 
 def lesson(rng: random.Random) -> Turns:
@@ -381,9 +387,9 @@ def _tool(rng: random.Random, side: bool, topic: str, verb: str, stated: list[tu
 
     def name(rng: random.Random) -> str:
         style = rng.random()
-        if style < 0.55:
-            return f"{rng.choice(VERBS) if style < 0.2 else verb}_{word}"
-        return word if style < 0.7 else f"{word}_{noun(rng)}" if style < 0.8 else field_name(rng)
+        if style < 0.7:
+            return f"{verb if style < 0.4 else rng.choice(VERBS)}_{word}"
+        return word if style < 0.85 else f"{word}_{noun(rng)}"
 
     properties = {}
     for field, kind, _ in stated:
