@@ -99,7 +99,7 @@ def main() -> None:
                   f"{dtype} on {device}".replace("torch.", "")),
         ("trains", f"{count(trained)} parameters ({trained / base:.2%}): rank {lora.rank} on "
                    f"{len(wrapped)} linears, {len(new_tokens)} new tokens"),
-        ("data", f"{facts['conversations']} conversations, {count(facts['tokens'])} tokens, "
+        ("data", f"{len(examples)} conversations, {count(facts['tokens'])} tokens, "
                  f"{count(facts['trained'])} trained ({facts['trained'] / facts['tokens']:.0%}); "
                  f"{facts['cut']} cut to fit; {len(held_out)} held out"),
         ("steps", f"{steps} of {config.batch} × {config.length} tokens"

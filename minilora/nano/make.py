@@ -28,6 +28,7 @@ from minilora.model import Gemma
 from minilora.nano.world import SIGNS, conversation, lesson
 
 PAD, EOS, BOS, START, END = 0, 1, 2, 106, 107  # as in Gemma's own vocabulary
+SEED = 0
 CONFIG = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 1280,
     "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -179,7 +180,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--train", type=int, default=5000, help="conversations to train LoRA on")
     parser.add_argument("--held", type=int, default=240, help="held-out conversations")
     parser.add_argument("--data-only", action="store_true", help="write only the conversations")

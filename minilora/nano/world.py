@@ -408,18 +408,19 @@ def conversation(rng: random.Random, side: bool, fresh: bool) -> dict:
     """A chat with tools offered. `side`: held-out names and values; `fresh`: held-out phrasings.
 
     Two in three ask for a tool and get it; the others need none, or one that is not offered. None
-    is longer than `LONGEST` characters of JSON, so that it fits rows of 384 tokens.
+    is longer than `LONGEST` characters of JSON, so that it fits rows of 400 tokens.
     """
+    kind = rng.random()  # drawn once: a long one is replaced by one of its own kind
     while True:
-        chat = _conversation(rng, side, fresh)
+        chat = _conversation(rng, side, fresh, kind)
         if len(json.dumps(chat)) <= LONGEST:
             return chat
 
 
-LONGEST = 840
+LONGEST = 780
 
 
-def _conversation(rng: random.Random, side: bool, fresh: bool) -> dict:
+def _conversation(rng: random.Random, side: bool, fresh: bool, kind: float) -> dict:
     topics: list[str] = []
     while len(topics) < rng.choices((1, 2, 3), (40, 40, 20))[0] + 1:
         topic = pick_side(rng, topic_name, side)
@@ -432,7 +433,6 @@ def _conversation(rng: random.Random, side: bool, fresh: bool) -> dict:
     index = rng.randrange(len(tools))
     topic, verb, stated = wanted[index]
     verb = verb if rng.random() < 0.6 else rng.choice(VERBS)
-    kind = rng.random()
     if kind < 0.67:
         messages = _called(rng, tools[index]["function"]["name"], stated,
                            request(rng, topic, verb, stated, fresh))
