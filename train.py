@@ -158,11 +158,12 @@ def main() -> None:
             if stop.is_set():
                 break
     seconds = time.perf_counter() - began
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # no step is left to finish
 
     # --- what is left behind
     save_adapter(model, tokenizer, out / "adapter", config.model, config.dialect)
     if not draw_curve(metrics, out / "curve.png"):
-        say("note: curve.png is not drawn: matplotlib is missing (pip install 'minilora[report]')")
+        say("note: curve.png is not drawn: matplotlib is missing (pip install matplotlib)")
     if state["step"] < steps:
         say(f"stopped after step {state['step']} of {steps}; go on with: "
             f"python train.py --resume {out}")
@@ -208,8 +209,9 @@ def settings(flags: argparse.Namespace) -> tuple[LoraConfig, TrainConfig, Path]:
     path = flags.config
     if flags.resume:
         if given or path:
+            names = [name.replace("_", "-") for name in sorted(given)] or ["config"]
             raise UserError("--resume takes its settings from the run; leave out "
-                            + ", ".join(f"--{name}" for name in sorted(given) or ["config"]))
+                            + ", ".join(f"--{name}" for name in names))
         path = Path(flags.resume) / "config.json"
         if latest_state(Path(flags.resume) / "checkpoints") is None:
             raise UserError(f"{flags.resume}: no checkpoint to go on from")

@@ -1,7 +1,5 @@
 """The Transformer's own laws, and the configs that it is built from."""
 
-import dataclasses
-
 import pytest
 import torch
 from conftest import tiny_config, tiny_model, tiny_raw
@@ -160,4 +158,3 @@ def test_every_parameter_is_named_as_the_checkpoint_names_it():
     assert {"embed_tokens.weight", "norm.weight", "layers.6.self_attn.q_norm.weight",
             "layers.0.post_feedforward_layernorm.weight", "layers.3.mlp.gate_proj.weight"} <= names
     assert len(names) == 2 + 7 * 13
-    assert dataclasses.is_dataclass(GemmaConfig)

@@ -3,10 +3,9 @@
 import json
 
 import pytest
-import torch
 from tiny_tokenizer import make_tokenizer_model
 
-from minilora.chat import DIALECTS, Conversation, Kind, Message, ToolCall
+from minilora.chat import DIALECTS, Conversation, Message, ToolCall
 from minilora.config import UserError
 from minilora.data import make_example
 from minilora.report import (
@@ -84,4 +83,3 @@ def test_tokens_by_kind(tmp_path):
     assert "⟦42.⟧⟦<end_of_turn>⟧" in plain and "⟦<tool_response>" not in plain
     colored = color_tokens(example, tokenizer)
     assert "\033[36;4m<tool_call>\033[0m" in colored and "\033[33m42\033[0m" in colored
-    assert torch.isin(example.kinds, torch.tensor(list(Kind))).all()
