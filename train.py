@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from minilora.checkpoint import export_merged, latest_state, load_state, save_adapter, save_state
+from minilora.checkpoint import export_merged, save_adapter
 from minilora.config import (
     NANO,
     LoraConfig,
@@ -34,6 +34,7 @@ from minilora.config import (
 )
 from minilora.data import batches, make_examples, split, summary
 from minilora.evaluate import Report, evaluate
+from minilora.files import write_file
 from minilora.lora import attach, trainable
 from minilora.readers import read_conversations, refuse, warn
 from minilora.report import (
@@ -47,6 +48,7 @@ from minilora.report import (
     say,
     table,
 )
+from minilora.state import latest_state, load_state, save_state
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
     add_dialect,
@@ -57,7 +59,7 @@ from minilora.trainer import (
     stream_batches,
     train_step,
 )
-from minilora.weights import load_model, placement, write_file
+from minilora.weights import load_model, placement
 
 STARTED = time.perf_counter()
 

@@ -3,6 +3,7 @@
 Read it in this order; a file imports only from those above it.
 
     config.py       every setting and its default: Gemma's shape, LoRA, a run, decoding
+    files.py        files and folders, whole or not at all
     lora.py         W frozen, A and B trained; attach, merge, unmerge: the idea on one screen
     embedding.py    the tied table, and new tokens as a few trainable rows beside it
     attention.py    what a query may see, and the attention that honours it
@@ -14,7 +15,8 @@ Read it in this order; a file imports only from those above it.
     data.py         conversations to examples to packed batches
     loss.py         chunked cross-entropy over what the assistant must write
     trainer.py      new rows, schedule, optimizer step, held-out loss
-    checkpoint.py   adapters in peft's layout, training state, merged export
+    checkpoint.py   adapters in peft's layout, merged export
+    state.py        all that a run needs to go on
     generate.py     cached decoding
     tools.py        Python functions as tools; think, call, observe, answer
     evaluate.py     tool-call accuracy by comparing calls

@@ -1,149 +1,42 @@
-"""Adapters in peft's layout, training state, and merged export; every write atomic.
+"""Adapters in peft's layout, and merged models in the hub's; every write whole or not at all.
 
     adapter/                    adapter_config.json, adapter_model.safetensors    peft's two files
                                 minilora.json       what has no place there: dialect, tokens, base
                                 tokenizer.model …   the tokenizer that knows the new tokens
-    checkpoints/step-000120/    state.safetensors, state.json    all that a run needs to go on
-    merged/                     a plain model in the hub's layout
-
-A folder is filled aside, as `.adapter.new`, flushed to the disk and only then renamed. The one that
-it replaces is called `.adapter.old` between two renames: whoever reads in that instant, or after a
-crash in it, reads that one. So no reader meets a folder that is half written. Nothing is pickled.
+    merged/                     a plain model
 """
 
-import contextlib
-import fnmatch
 import hashlib
-import json
-import os
 import re
-import shutil
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from minilora.chat import DIALECTS, chat_template, get_dialect
-from minilora.config import GemmaConfig, LoraConfig, UserError, read_json
-from minilora.lora import LoRALinear, adapted, attach, trainable
+from minilora.config import GemmaConfig, LoraConfig, UserError
+from minilora.files import (
+    FORMAT,
+    current,
+    read_object,
+    read_own,
+    read_tensors,
+    replacing_folder,
+    write_json,
+    write_tensors,
+)
+from minilora.lora import LoRALinear, adapted, attach
 from minilora.model import Gemma
 from minilora.tokenizer import FILES as TOKENIZER_FILES
 from minilora.tokenizer import Tokenizer
-from minilora.weights import checkpoint_name, load_model, locate, write_file
+from minilora.weights import checkpoint_name, load_model, locate
 
-FORMAT = 1  # of minilora.json and state.json
 SHARD_BYTES = 4 * 10**9  # most bytes of one file of a merged model
 
 _ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "minilora.json", "README.md",
                   *TOKENIZER_FILES)
-_STATE_FILES = ("state.safetensors", "state.json")
 _MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors",
                 "model.safetensors.index.json", "model-*-of-*.safetensors", *TOKENIZER_FILES)
-
-
-# --- folders, whole or not at all -----------------------------------------------------------------
-
-@contextlib.contextmanager
-def _replacing(folder: Path, files: Sequence[str]) -> Iterator[Path]:
-    """A new folder to fill, which takes the place of `folder` once all of it is on the disk.
-
-    Whatever goes wrong before leaves `folder` as it was. Raises UserError where the disk refuses,
-    and where `folder` holds something else than `files` (names or patterns), which would be lost.
-    """
-    folder = Path(folder).resolve()
-    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not folder.exists() and old.exists():  # a write was cut off between its two renames
-            os.rename(old, folder)
-        for path in sorted(folder.iterdir()) if folder.exists() else []:
-            if not any(fnmatch.fnmatchcase(path.name, name) for name in files):
-                raise UserError(f"{folder}: holds {path.name}, which would be lost; choose another "
-                                "folder, or move it away")
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            path.chmod(new.stat().st_mode & 0o666)  # safetensors gives the owner alone a right
-            _sync(path)
-        _sync(new)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free the disk or choose another "
-                        "folder") from None
-    finally:
-        if not folder.exists() and old.exists():
-            os.rename(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _current(folder: Path) -> Path:
-    """`folder`, or what it replaces where a write was cut off between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    return old if not folder.exists() and old.exists() else folder
-
-
-def _sync(path: Path) -> None:
-    """Waits until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folder
-        return
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path,
-              metadata={"format": "pt"})
-
-
-def _write_json(path: Path, value: object) -> None:
-    write_file(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
-
-
-def _read_object(path: Path) -> dict:
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
-
-
-def _read_own(path: Path, **kinds: type) -> dict:
-    """The object in a JSON file that this module wrote, with the types of what must be there."""
-    value = _read_object(path)
-    if value.get("format") != FORMAT:
-        raise UserError(f"{path}: format is {value.get('format')!r}, expected {FORMAT}; read it "
-                        "with the minilora that wrote it")
-    for key, kind in kinds.items():
-        if not isinstance(value.get(key), kind):
-            raise UserError(f"{path}: {key} is not a {kind.__name__}; the file is damaged")
-    return value
-
-
-def _read_tensors(path: Path, shapes: dict[str, list[int]], hint: str) -> dict[str, Tensor]:
-    """Exactly the tensors that `shapes` names, in those shapes."""
-    try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); {hint}") from None
-    for name in sorted(shapes.keys() ^ tensors.keys()):
-        what = "lacks" if name in shapes else "has an unexpected"
-        raise UserError(f"{path}: {what} {name}; {hint}")
-    for name, shape in shapes.items():
-        if list(tensors[name].shape) != shape:
-            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, expected "
-                            f"{shape}; {hint}")
-    return tensors
 
 
 # --- the base -------------------------------------------------------------------------------------
@@ -154,7 +47,7 @@ def _base_parameters(model: Gemma) -> dict[str, nn.Parameter]:
             if "lora_" not in name and name != "embed_tokens.rows"}
 
 
-def _fingerprint(model: Gemma) -> dict:
+def fingerprint(model: Gemma) -> dict:
     """What tells one base from another: its shape, and a hash over the start of every tensor.
 
     Taken in bfloat16, so that it is the same whichever dtype the base is loaded in.
@@ -169,16 +62,16 @@ def _fingerprint(model: Gemma) -> dict:
             "sha256": digest.hexdigest()}
 
 
-def _check_base(stored: dict, model: Gemma, path: Path, base: str) -> None:
+def check_base(stored: dict, model: Gemma, path: Path, base: str) -> None:
     """Refuses a model that is not the one whose fingerprint was stored."""
-    for key, value in _fingerprint(model).items():
+    for key, value in fingerprint(model).items():
         if stored.get(key) != value:
             what = "other weights" if key == "sha256" else f"{key} {stored.get(key)}, not {value}"
             raise UserError(f"{path}: belongs to another base, {base} ({what}); load that one "
                             "with --model")
 
 
-def _check_unmerged(model: Gemma) -> None:
+def check_unmerged(model: Gemma) -> None:
     if any(module.merged for module in adapted(model).values()):
         raise UserError("the model is merged: its base is no longer the one that the adapter "
                         "belongs to; save before merging, or unmerge")
@@ -223,7 +116,7 @@ def save_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path, base: s
         raise UserError("nothing to save: this model has no adapter attached")
     if Path(base).is_dir():  # so that the adapter finds it from any working directory
         base = Path(base).resolve()
-    _check_unmerged(model)
+    check_unmerged(model)
     _check_tokens(model, tokenizer)
     tensors = {}
     for name, module in modules.items():
@@ -243,11 +136,11 @@ def save_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path, base: s
         "modules_to_save": None, "trainable_token_indices": rows, "init_lora_weights": True}
     extra = {"format": FORMAT, "dialect": dialect, "base": str(base),
              "mode": "reserved" if embedding.reserved else "append",
-             "tokens": tokenizer.new_tokens, "fingerprint": _fingerprint(model)}
-    with _replacing(Path(folder), _ADAPTER_FILES) as new:
-        _write_tensors(new / "adapter_model.safetensors", tensors)
-        _write_json(new / "adapter_config.json", config)
-        _write_json(new / "minilora.json", extra)
+             "tokens": tokenizer.new_tokens, "fingerprint": fingerprint(model)}
+    with replacing_folder(Path(folder), _ADAPTER_FILES) as new:
+        write_tensors(new / "adapter_model.safetensors", tensors)
+        write_json(new / "adapter_config.json", config)
+        write_json(new / "minilora.json", extra)
         tokenizer.save(new, chat_template(dialect))
 
 
@@ -263,8 +156,8 @@ def _target_modules(model: Gemma) -> list[str]:
 def _adapter_folder(folder: str | Path) -> Path:
     """The adapter folder that a run folder holds or `folder` is."""
     given = Path(folder)
-    inner = _current(given / "adapter")
-    folder = inner if inner.is_dir() else _current(given)
+    inner = current(given / "adapter")
+    folder = inner if inner.is_dir() else current(given)
     if not (folder / "adapter_config.json").is_file():
         raise UserError(f"{given}: no adapter there (no adapter_config.json); give a run folder of "
                         "train.py, or an adapter folder")
@@ -274,7 +167,7 @@ def _adapter_folder(folder: str | Path) -> Path:
 def adapter_base(folder: str | Path) -> str:
     """The base model, a folder or hub id, of the adapter in a run folder or an adapter folder."""
     path = _adapter_folder(folder) / "adapter_config.json"
-    base = _read_object(path).get("base_model_name_or_path")
+    base = read_object(path).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise UserError(f"{path}: does not name its base model; give it as --model")
     return base
@@ -292,12 +185,12 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     if adapted(model) or model.embed_tokens.rows is not None:
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     config_path, own_path = folder / "adapter_config.json", folder / "minilora.json"
-    config = _read_object(config_path)
+    config = read_object(config_path)
     base = str(config.get("base_model_name_or_path") or "its base")
     own = {"dialect": "hermes", "tokens": {}, "mode": "append"}
     if own_path.exists():
-        own = _read_own(own_path, dialect=str, tokens=dict, mode=str, fingerprint=dict)
-        _check_base(own["fingerprint"], model, own_path, base)
+        own = read_own(own_path, dialect=str, tokens=dict, mode=str, fingerprint=dict)
+        check_base(own["fingerprint"], model, own_path, base)
     get_dialect(own["dialect"])
     lora = _read_lora(config, config_path, model)
     ids = _read_row_ids(config, config_path, model)
@@ -307,7 +200,7 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
         out_features, in_features = model.get_submodule(name).weight.shape
         shapes[_peft_name(name, "lora_A")] = [lora.rank, in_features]
         shapes[_peft_name(name, "lora_B")] = [out_features, lora.rank]
-    tensors = _read_tensors(folder / "adapter_model.safetensors", shapes,
+    tensors = read_tensors(folder / "adapter_model.safetensors", shapes,
                             f"is {base} the base that is loaded, and did peft save the adapter "
                             "with save_embedding_layers=False?")
 
@@ -418,7 +311,7 @@ def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str
     base, out = locate(base, ("config.json", "generation_config.json")), Path(out)
     if out.resolve() == base.resolve():
         raise UserError(f"{out}: is the base itself; choose another folder for the merged model")
-    raw = _read_object(base / "config.json")
+    raw = read_object(base / "config.json")
     if GemmaConfig.from_dict(raw, str(base / "config.json")) != model.config:
         raise UserError(f"{base / 'config.json'}: describes another model than the one to export; "
                         "give the folder of its base")
@@ -426,11 +319,11 @@ def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str
     generation = base / "generation_config.json"
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.stop_ids),
            "pad_token_id": tokenizer.pad}
-    with _replacing(out, _MODEL_FILES) as new:
+    with replacing_folder(out, _MODEL_FILES) as new:
         _write_shards(new, model)
-        _write_json(new / "config.json", _text_config(raw, model) | ids)
-        _write_json(new / "generation_config.json",
-                    (_read_object(generation) if generation.exists() else {}) | ids)
+        write_json(new / "config.json", _text_config(raw, model) | ids)
+        write_json(new / "generation_config.json",
+                    (read_object(generation) if generation.exists() else {}) | ids)
         tokenizer.save(new, chat_template(dialect))
 
 
@@ -467,10 +360,10 @@ def _write_shards(folder: Path, model: Gemma) -> None:
                 raise UserError(f"{name} holds NaN or Inf once merged; not exported. Go back to an "
                                 "earlier checkpoint of the run, or load the base in bfloat16 or "
                                 "float32")
-        _write_tensors(folder / file, tensors)
+        write_tensors(folder / file, tensors)
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
-        _write_json(folder / "model.safetensors.index.json", {
+        write_json(folder / "model.safetensors.index.json", {
             "metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map})
 
 
@@ -486,110 +379,3 @@ def _merged(model: Gemma, name: str) -> Tensor:
     if module.appended:
         return torch.cat([module.weight, rows])  # [V + n, D]
     return module.weight.index_copy(0, module.row_ids, rows)  # [V, D]
-
-
-# --- training state -------------------------------------------------------------------------------
-
-_STEP = re.compile(r"step-(\d+)")
-_SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a parameter group, kept with its moments
-
-
-def save_state(folder: str | Path, step: int, model: Gemma, optimizer: torch.optim.Optimizer,
-               progress: dict) -> Path:
-    """Writes what a run needs to go on, bit for bit, as `folder`/step-000120; returns that path.
-
-    That is what is trained (float32), the optimizer's moments, torch's random states, and
-    `progress`, any JSON object. Then deletes other checkpoints but the one before: older ones, and
-    those of later steps, which a run that went back to this one has abandoned.
-    """
-    _check_unmerged(model)
-    names = {parameter: name for name, parameter in trainable(model).items()}
-    tensors = {f"model.{name}": parameter for parameter, name in names.items()}
-    tensors |= {f"optimizer.{names[parameter]}.{key}": value
-                for parameter, state in optimizer.state.items() for key, value in state.items()}
-    tensors |= {f"rng.{device}": state for device, state in _random_states().items()}
-    groups = [{key: group[key] for key in _SETTINGS}
-              | {"names": [names[parameter] for parameter in group["params"]]}
-              for group in optimizer.param_groups]
-    folder = Path(folder)
-    path = folder / f"step-{step:06}"
-    with _replacing(path, _STATE_FILES) as new:
-        _write_tensors(new / "state.safetensors", tensors)
-        _write_json(new / "state.json", {
-            "format": FORMAT, "step": step, "fingerprint": _fingerprint(model), "groups": groups,
-            "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-            "progress": progress})
-    states = _states(folder)
-    kept = {step, max((other for other in states if other < step), default=step)}
-    for other in states.keys() - kept:  # renamed first, so that none is ever half there
-        os.replace(states[other], folder / f".{states[other].name}.old")
-    for trash in folder.glob(".step-*"):
-        shutil.rmtree(trash, ignore_errors=True)
-    return path
-
-
-def latest_state(folder: str | Path) -> Path | None:
-    """The newest complete checkpoint in a run's checkpoints folder, if there is one."""
-    return next(reversed(_states(Path(folder)).values()), None)
-
-
-def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimizer) -> dict:
-    """Goes back to the newest complete checkpoint of a run's checkpoints folder: its `progress`.
-
-    `model` and `optimizer` are made as when it was saved: same base, same adapters and rows, same
-    groups. Raises UserError, with both unchanged, where they are not, and where there is none.
-    """
-    path = latest_state(folder)
-    if path is None:
-        raise UserError(f"{folder}: no checkpoint to go on from; start without --resume")
-    weights, path = path / "state.safetensors", path / "state.json"
-    hint = f"delete {path.parent} to go on from the one before"
-    state = _read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict)
-    _check_base(state["fingerprint"], model, path, "that of the run")
-    parameters = trainable(model)
-    names = {parameter: name for name, parameter in parameters.items()}
-    groups = [[names[parameter] for parameter in group["params"]]
-              for group in optimizer.param_groups]
-    shapes = state["shapes"]
-    if groups != [group["names"] for group in state["groups"]] or any(
-            shapes.get(f"model.{name}") != list(parameter.shape)
-            for name, parameter in parameters.items()):
-        raise UserError(f"{path}: what it trained is not what is to be trained now; go on with the "
-                        "rank, targets and tokens of the run")
-    tensors = _read_tensors(weights, shapes, hint)
-
-    moments: dict[int, dict[str, Tensor]] = {}
-    for i, name in enumerate(sum(groups, [])):  # torch numbers parameters through all groups
-        prefix = f"optimizer.{name}."
-        if found := {key.removeprefix(prefix): value for key, value in tensors.items()
-                     if key.startswith(prefix)}:
-            moments[i] = found
-    settings = optimizer.state_dict()["param_groups"]
-    for group, saved in zip(settings, state["groups"], strict=True):
-        group.update({key: saved[key] for key in _SETTINGS} | {"betas": tuple(saved["betas"])})
-    optimizer.load_state_dict({"state": moments, "param_groups": settings})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(tensors[f"model.{name}"])
-    torch.set_rng_state(tensors["rng.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"rng.cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)
-    return state["progress"]
-
-
-def _random_states() -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        states |= {f"cuda{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return states
-
-
-def _states(folder: Path) -> dict[int, Path]:
-    """The complete checkpoints in `folder` by their step, in that order."""
-    found = {}
-    for path in folder.glob("step-*"):
-        name = _STEP.fullmatch(path.name)
-        if name and all((path / file).is_file() for file in _STATE_FILES):
-            found[int(name[1])] = path
-    return dict(sorted(found.items()))

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from minilora.chat import Kind
 from minilora.config import UserError
 from minilora.data import IGNORED, Example
+from minilora.files import write_file
 from minilora.tokenizer import Tokenizer
-from minilora.weights import write_file
 
 
 def run_command(main: Callable[[], None]) -> int:

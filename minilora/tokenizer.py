@@ -21,7 +21,8 @@ from pathlib import Path
 import sentencepiece
 
 from minilora.config import UserError, read_json
-from minilora.weights import locate, write_file
+from minilora.files import write_file
+from minilora.weights import locate
 
 FILES = ("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 NEW_TOKENS = "minilora_new_tokens"  # key of tokenizer_config.json: the tokens that were added here

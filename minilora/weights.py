@@ -9,10 +9,8 @@ dtype and on the target device, so the host never holds a second copy. All heade
 before the first number is read.
 """
 
-import contextlib
 import logging
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,34 +83,6 @@ def locate(source: str | Path, allow: Sequence[str]) -> Path:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{name}: not a folder here, and the hub could not be read ({reason}); go "
                         "online, or pass a folder that holds the checkpoint") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`, that takes its place when the block ends without error.
-
-    So `path` is never half there: it is what it was, or whole and on the disk. Missing folders are
-    made. Raises UserError where it cannot be written.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another "
-                        "folder") from None
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a whole file or nothing (see `replacing`)."""
-    with replacing(path) as aside:
-        aside.write_bytes(data)
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:

@@ -17,14 +17,12 @@ from minilora.chat import DIALECTS, Conversation, Message, ToolCall, chat_templa
 from minilora.checkpoint import (
     adapter_base,
     export_merged,
-    latest_state,
     load_adapter,
-    load_state,
     save_adapter,
-    save_state,
 )
 from minilora.config import FAMILIES, LINEARS, LoraConfig, UserError
 from minilora.lora import adapted, attach, merge, trainable
+from minilora.state import latest_state, load_state, save_state
 from minilora.tokenizer import Tokenizer
 from minilora.weights import load_model
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("config", "lora", "embedding", "attention", "model", "weights", "tokenizer", "chat",
-         "readers", "data", "loss", "trainer", "checkpoint", "generate", "tools", "evaluate",
-         "report", "__main__")
+ORDER = ("config", "files", "lora", "embedding", "attention", "model", "weights", "tokenizer",
+         "chat", "readers", "data", "loss", "trainer", "checkpoint", "state", "generate", "tools",
+         "evaluate", "report", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 

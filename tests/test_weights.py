@@ -3,10 +3,8 @@
 import gc
 import json
 import logging
-import os
 import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -18,7 +16,7 @@ from safetensors.torch import save_file
 
 from minilora import weights
 from minilora.config import FAMILIES, UserError
-from minilora.weights import checkpoint_name, load_model, locate, model_name, replacing, write_file
+from minilora.weights import checkpoint_name, load_model, locate, model_name
 
 LAYOUTS = ["model.", "language_model.model.", "model.language_model."]
 
@@ -494,32 +492,3 @@ def test_a_file_is_not_a_checkpoint(monkeypatch, tmp_path):
     Path("org").mkdir()
     Path("org/name").write_text("")
     assert "org/name" in refusal(locate, "org/name", [])
-
-
-# --- writing --------------------------------------------------------------------------------------
-
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    write_file(path, b"one")
-    write_file(path, b"two")
-    assert path.read_bytes() == b"two"
-
-    def torn(descriptor):
-        assert path.read_bytes() == b"two"
-        raise OSError("disk full")
-
-    monkeypatch.setattr(weights, "os", SimpleNamespace(**{**vars(os), "fsync": torn}))
-    line = refusal(write_file, path, b"three")
-    assert str(path) in line and "disk full" in line
-    assert path.read_bytes() == b"two"
-    with pytest.raises(KeyboardInterrupt), replacing(path) as aside:
-        aside.write_bytes(b"thr")
-        raise KeyboardInterrupt
-    assert path.read_bytes() == b"two"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_what_cannot_be_written_is_told(tmp_path):
-    write_file(tmp_path / "new" / "folder" / "a.json", b"{}")
-    line = refusal(write_file, tmp_path / "new" / "folder" / "a.json" / "b.json", b"{}")
-    assert "b.json: cannot be written" in line
