@@ -4,10 +4,15 @@
                                 minilora.json       what has no place there: dialect, tokens, base
                                 tokenizer.model …   the tokenizer that knows the new tokens
     merged/                     a plain model
+    base/ and adapter/          the base with the new rows in place, and what is left of the adapter
 """
 
 import hashlib
+import math
 import re
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,6 +20,7 @@ from torch import Tensor, nn
 
 from minilora.chat import DIALECTS, chat_template, get_dialect
 from minilora.config import GemmaConfig, LoraConfig, UserError
+from minilora.data import Example
 from minilora.files import (
     FORMAT,
     current,
@@ -25,7 +31,8 @@ from minilora.files import (
     write_json,
     write_tensors,
 )
-from minilora.lora import LoRALinear, adapted, attach
+from minilora.lora import LoRALinear, adapted, attach, trainable
+from minilora.loss import CHUNK
 from minilora.model import Gemma
 from minilora.tokenizer import FILES as TOKENIZER_FILES
 from minilora.tokenizer import Tokenizer
@@ -33,10 +40,11 @@ from minilora.weights import checkpoint_name, load_model, locate
 
 SHARD_BYTES = 4 * 10**9  # most bytes of one file of a merged model
 
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "minilora.json", "README.md",
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "minilora.json", "README.md",
                   *TOKENIZER_FILES)
-_MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors",
-                "model.safetensors.index.json", "model-*-of-*.safetensors", *TOKENIZER_FILES)
+MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors",
+                "model.safetensors.index.json", "model-*-of-*.safetensors", "README.md",
+                *TOKENIZER_FILES)
 
 
 # --- the base -------------------------------------------------------------------------------------
@@ -93,11 +101,13 @@ _ROWS = _PEFT + checkpoint_name("embed_tokens.token_adapter.trainable_tokens_del
 # Keys of adapter_config.json that are read here, and keys that change no output. With any other
 # that is set, the adapter computes something else than LoRALinear does.
 _READ = {"peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora",
-         "target_modules", "trainable_token_indices", "init_lora_weights"}
+         "use_dora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+         "layers_to_transform", "layers_pattern", "trainable_token_indices", "init_lora_weights"}
 _WITHOUT_EFFECT = {"task_type", "auto_mapping", "peft_version", "revision", "inference_mode",
                    "megatron_core", "qalora_group_size", "eva_config", "ensure_weight_tying",
                    "runtime_config"}
-# Ways to start that leave W as it is. The others (pissa, olora, …) take A and B out of W.
+# Ways to start that leave W as it is. The others (pissa, olora, …) take A and B out of W, and peft
+# writes them with this key unless it is told to convert them to plain LoRA.
 _PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -118,30 +128,48 @@ def save_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path, base: s
         base = Path(base).resolve()
     check_unmerged(model)
     _check_tokens(model, tokenizer)
-    tensors = {}
-    for name, module in modules.items():
-        for key in ("lora_A", "lora_B"):
-            tensors[_peft_name(name, key)] = getattr(module, key)
+    tensors = {_peft_name(name, key): tensor for name, module in modules.items()
+               for key, tensor in _saved(module).items()}
     rows = None
     if embedding.rows is not None:
         tensors[_ROWS], rows = embedding.rows, {"embed_tokens": embedding.row_ids.tolist()}
-    first = next(iter(modules.values()))  # `attach` gives all of them the same settings
+    first = next(iter(modules.values()))  # `attach` gives all the same, but for rank and alpha
+    ranks = {checkpoint_name(name): len(module.pair()[0]) for name, module in modules.items()}
+    alphas = {checkpoint_name(name): _saved_alpha(module) for name, module in modules.items()}
+    rank, alpha = (statistics.mode(numbers.values()) for numbers in (ranks, alphas))
     config = {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-        "inference_mode": True, "r": first.rank,
-        # peft calls it an int, and some of its readers insist.
-        "lora_alpha": int(first.alpha) if first.alpha == int(first.alpha) else first.alpha,
+        "inference_mode": True, "r": rank, "lora_alpha": alpha,
+        "rank_pattern": {name: number for name, number in ranks.items() if number != rank},
+        "alpha_pattern": {name: number for name, number in alphas.items() if number != alpha},
         "lora_dropout": first.dropout, "target_modules": _target_modules(model), "bias": "none",
-        "use_rslora": first.rslora, "use_dora": False, "fan_in_fan_out": False,
-        "modules_to_save": None, "trainable_token_indices": rows, "init_lora_weights": True}
+        "use_rslora": first.rslora, "use_dora": first.lora_magnitude is not None,
+        "fan_in_fan_out": False, "modules_to_save": None, "trainable_token_indices": rows,
+        "init_lora_weights": True}
     extra = {"format": FORMAT, "dialect": dialect, "base": str(base),
              "mode": "reserved" if embedding.reserved else "append",
              "tokens": tokenizer.new_tokens, "fingerprint": fingerprint(model)}
-    with replacing_folder(Path(folder), _ADAPTER_FILES) as new:
+    with replacing_folder(Path(folder), ADAPTER_FILES) as new:
         write_tensors(new / "adapter_model.safetensors", tensors)
         write_json(new / "adapter_config.json", config)
         write_json(new / "minilora.json", extra)
         tokenizer.save(new, chat_template(dialect))
+
+
+def _saved(module: LoRALinear) -> dict[str, Tensor]:
+    """An adapter's tensors by the last part of peft's names, PiSSA's as plain LoRA of rank 2 r."""
+    A, B = module.pair()
+    saved = {"lora_A.weight": A, "lora_B.weight": B}
+    if module.lora_magnitude is not None:
+        saved["lora_magnitude_vector"] = module.lora_magnitude
+    return saved
+
+
+def _saved_alpha(module: LoRALinear) -> int | float:
+    """The alpha with which the saved pair has the module's scaling."""
+    wider = len(module.pair()[0]) / module.rank  # 2 with PiSSA, else 1
+    alpha = module.alpha * (math.sqrt(wider) if module.rslora else wider)
+    return int(alpha) if alpha == int(alpha) else alpha  # some of peft's readers insist on an int
 
 
 def _target_modules(model: Gemma) -> list[str]:
@@ -179,7 +207,7 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     Attaches the LoRALinears, adds the rows and gives the tokenizer the new tokens (peft's own
     adapters have no names for theirs). Returns {"dialect": …, "base": …}. Raises UserError, with
     the model unchanged, for an adapter of another base, for tensors that are missing, unexpected
-    or misshapen, and for what LoRALinear does not compute (DoRA, modules_to_save, rank_pattern …).
+    or misshapen, and for what LoRALinear does not compute (biases, modules_to_save, aLoRA …).
     """
     folder = _adapter_folder(folder)
     if adapted(model) or model.embed_tokens.rows is not None:
@@ -196,10 +224,14 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     ids = _read_row_ids(config, config_path, model)
 
     shapes = {_ROWS: [len(ids), model.config.hidden_size]} if ids else {}
+    ranks = dict(text.split("=") for text in lora.rank_pattern)
     for name in lora.targets:
         out_features, in_features = model.get_submodule(name).weight.shape
-        shapes[_peft_name(name, "lora_A")] = [lora.rank, in_features]
-        shapes[_peft_name(name, "lora_B")] = [out_features, lora.rank]
+        rank = int(ranks.get(name, lora.rank))
+        shapes[_peft_name(name, "lora_A.weight")] = [rank, in_features]
+        shapes[_peft_name(name, "lora_B.weight")] = [out_features, rank]
+        if lora.dora:
+            shapes[_peft_name(name, "lora_magnitude_vector")] = [out_features]
     tensors = read_tensors(folder / "adapter_model.safetensors", shapes,
                             f"is {base} the base that is loaded, and did peft save the adapter "
                             "with save_embedding_layers=False?")
@@ -213,8 +245,8 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     attach(model, lora)
     with torch.no_grad():
         for name, module in adapted(model).items():
-            module.lora_A.copy_(tensors[_peft_name(name, "lora_A")])
-            module.lora_B.copy_(tensors[_peft_name(name, "lora_B")])
+            for key, tensor in _saved(module).items():
+                tensor.copy_(tensors[_peft_name(name, key)])
     if ids:
         order = sorted(range(len(ids)), key=ids.__getitem__)
         model.embed_tokens.add_rows(sorted(ids), tensors[_ROWS][order])
@@ -242,7 +274,7 @@ def knows_dialect(tokenizer: Tokenizer, dialect: str) -> bool:
 
 
 def _peft_name(module: str, key: str) -> str:
-    return f"{_PEFT}{checkpoint_name(module)}.{key}.weight"
+    return f"{_PEFT}{checkpoint_name(module)}.{key}"
 
 
 def _read_lora(config: dict, path: Path, model: Gemma) -> LoraConfig:
@@ -257,27 +289,61 @@ def _read_lora(config: dict, path: Path, model: Gemma) -> LoraConfig:
     for key in ("r", "lora_alpha", "lora_dropout"):
         if type(config.get(key)) not in ((int,) if key == "r" else (int, float)):
             raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a number")
-    targets = config.get("target_modules")
     try:
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-                 and _is_target(targets, checkpoint_name(name))]
+                 and _is_target(config, checkpoint_name(name))]
     except (TypeError, AttributeError, re.error):
         names = []
     if not names:
-        raise UserError(f"{path}: target_modules {targets!r} chooses no linear of a "
+        asked = ", ".join(f"{key} {config[key]!r}" for key in (
+            "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+            if config.get(key))
+        raise UserError(f"{path}: {asked or 'no target_modules'}: chooses no linear of a "
                         f"{model.config.model_type}; is it the adapter of another model?")
+    patterns = {}
+    for key in ("rank_pattern", "alpha_pattern"):
+        try:
+            patterns[key] = tuple(f"{name}={number}" for name in names for number in
+                                  _by_regex(config.get(key) or {}, checkpoint_name(name)))
+        except (TypeError, AttributeError, re.error):
+            raise UserError(f"{path}: {key} is {config[key]!r}; expected an object of regular "
+                            "expressions and numbers") from None
     try:
         return LoraConfig(config["r"], float(config["lora_alpha"]), float(config["lora_dropout"]),
-                          tuple(names), bool(config.get("use_rslora")))
+                          tuple(names), bool(config.get("use_rslora")),
+                          bool(config.get("use_dora")), **patterns)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def _is_target(targets: str | list[str], name: str) -> bool:
+def _is_target(config: dict, name: str) -> bool:
     """Whether peft adapts a module: `tuners/tuners_utils.py`, check_target_module_exists."""
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(f".{name}".endswith(f".{target}") for target in targets)
+    def named(which: str | list[str]) -> bool:
+        if isinstance(which, str):
+            return re.fullmatch(which, name) is not None
+        return any(f".{name}".endswith(f".{target}") for target in which)
+
+    if named(config.get("exclude_modules") or []) or not named(config.get("target_modules") or []):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    found = None  # the first number that stands behind a pattern
+    for pattern in _as_list(config.get("layers_pattern") or "[^.]*"):
+        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
+    return found is not None and int(found[1]) in _as_list(layers)
+
+
+def _as_list(value: object) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _by_regex(patterns: dict, name: str) -> list[int | float]:
+    """The number of the first of peft's patterns that a module's name ends with, if any:
+    `utils/other.py`, get_pattern_key.
+    """
+    return [number for pattern, number in patterns.items()
+            if re.match(rf"(.*\.)?({pattern})$", name)][:1]
 
 
 def _read_row_ids(config: dict, path: Path, model: Gemma) -> list[int]:
@@ -298,15 +364,16 @@ def _read_row_ids(config: dict, path: Path, model: Gemma) -> list[int]:
 # --- merged models --------------------------------------------------------------------------------
 
 def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str | Path,
-                  dialect: str = "hermes") -> None:
+                  dialect: str = "hermes", lora: bool = True) -> None:
     """Writes the model, its adapter merged, as a plain one in the hub's layout to folder `out`.
 
     `base`: folder or hub id of the base model, for the other fields of its config.json and
     generation_config.json. The weights are written in the model's dtype, W + BA added in float32
     and rounded once, one file's tensors at a time; the model stays as it is. One that is merged
     already, or has no adapter, is written as it is. Of an image-text Gemma 3 the text part is
-    written, as a text model. Raises UserError for NaN or Inf, for a base that is not the model's,
-    and where the disk refuses.
+    written, as a text model. `lora=False` leaves the adapters out and puts only the new rows in
+    place. Raises UserError for NaN or Inf, for a base that is not the model's, and where the disk
+    refuses.
     """
     base, out = locate(base, ("config.json", "generation_config.json")), Path(out)
     if out.resolve() == base.resolve():
@@ -319,8 +386,8 @@ def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str
     generation = base / "generation_config.json"
     ids = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.stop_ids),
            "pad_token_id": tokenizer.pad}
-    with replacing_folder(out, _MODEL_FILES) as new:
-        _write_shards(new, model)
+    with replacing_folder(out, MODEL_FILES) as new:
+        _write_shards(new, model, lora)
         write_json(new / "config.json", _text_config(raw, model) | ids)
         write_json(new / "generation_config.json",
                     (read_object(generation) if generation.exists() else {}) | ids)
@@ -339,7 +406,7 @@ def _text_config(raw: dict, model: Gemma) -> dict:
             key: str(model.embed_tokens.weight.dtype).removeprefix("torch.")}
 
 
-def _write_shards(folder: Path, model: Gemma) -> None:
+def _write_shards(folder: Path, model: Gemma, lora: bool) -> None:
     """Writes the plain model's tensors, a file at a time: one file, or several and an index."""
     parameters = _base_parameters(model)
     sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
@@ -354,7 +421,7 @@ def _write_shards(folder: Path, model: Gemma) -> None:
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else (
             f"model-{n:05}-of-{len(shards):05}.safetensors")
-        tensors = {checkpoint_name(name): _merged(model, name) for name in names}
+        tensors = {checkpoint_name(name): _merged(model, name, lora) for name in names}
         for name, tensor in tensors.items():
             if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN is passed on by both
                 raise UserError(f"{name} holds NaN or Inf once merged; not exported. Go back to an "
@@ -368,10 +435,10 @@ def _write_shards(folder: Path, model: Gemma) -> None:
 
 
 @torch.no_grad()
-def _merged(model: Gemma, name: str) -> Tensor:
+def _merged(model: Gemma, name: str, lora: bool = True) -> Tensor:
     """A parameter as the merged model has it, in the model's dtype; the model stays as it is."""
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, LoRALinear) and not module.merged:
+    if isinstance(module, LoRALinear) and lora and not module.merged:
         return module.merged_weight()
     if module is not model.embed_tokens or module.rows is None:
         return module.weight
@@ -379,3 +446,63 @@ def _merged(model: Gemma, name: str) -> Tensor:
     if module.appended:
         return torch.cat([module.weight, rows])  # [V + n, D]
     return module.weight.index_copy(0, module.row_ids, rows)  # [V, D]
+
+
+def export_extended(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str | Path,
+                    dialect: str = "hermes") -> None:
+    """Writes `out`/base, the base with the new rows in place, and `out`/adapter, which is then
+    linear only: for servers that take LoRA, but no rows of the embedding (vLLM).
+
+    Both load like any other base and adapter, no table resized; the model stays as it is. Arguments
+    as for `export_merged`, which writes the first; raises what it and `save_adapter` raise, and
+    UserError where the adapter has no rows, holds NaN or Inf, or another one is in its place.
+    """
+    out = Path(out).resolve()
+    check_unmerged(model)
+    if model.embed_tokens.rows is None:
+        raise UserError("the adapter has no rows of new tokens: its base needs no extending, and "
+                        "servers take it as it is")
+    for name, parameter in trainable(model).items():
+        if not torch.isfinite(parameter).all():
+            raise UserError(f"{name} holds NaN or Inf; not exported. Go back to an earlier "
+                            "checkpoint of the run")
+    if (out / "adapter").exists() and adapter_base(out / "adapter") != str(out / "base"):
+        raise UserError(f"{out / 'adapter'}: is the adapter of another base and would be lost; "
+                        "choose another folder")
+    export_merged(model, tokenizer, base, out / "base", dialect, lora=False)
+    table = _merged(model, "embed_tokens.weight")  # [V', D]
+    with torch.device("meta"):  # what was just written, all but the table shared with the model
+        extended = Gemma(replace(model.config, vocab_size=len(table)))
+    extended.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
+    extended.layers, extended.norm = model.layers, model.norm
+    save_adapter(extended, tokenizer, out / "adapter", str(out / "base"), dialect)
+
+
+@torch.no_grad()
+def compare_logits(model: Gemma, written: Gemma, examples: Sequence[Example],
+                   on_example: Callable[[], object] = lambda: None) -> dict[str, float]:
+    """How far the logits of `written` are from the model's, over every token of the examples.
+
+    Returns tokens, argmax_agreement (the share of tokens for which both find the same next token
+    the likeliest), largest_change and largest_logit, both absolute. A conversation is run by
+    itself, so nothing is padding, and meets the vocabulary CHUNK positions at a time. Raises
+    UserError where a logit is NaN or Inf.
+    """
+    device = model.embed_tokens.weight.device
+    models = (model.eval(), written.eval())  # no dropout
+    tokens, same, change, largest = 0, 0, 0.0, 0.0
+    for example in examples:
+        hidden = [each.hidden_states(example.ids[None].to(device))[0] for each in models]  # [T, D]
+        for start in range(0, len(example), CHUNK):
+            ours, theirs = (each.logits(states[start:start + CHUNK])                    # [t, V']
+                            for each, states in zip(models, hidden, strict=True))
+            gap, top = (ours - theirs).abs().max().item(), ours.abs().max().item()
+            if not math.isfinite(gap):
+                raise UserError(f"{example.source}: its logits are NaN or Inf, in the model or in "
+                                "what was written; go back to an earlier checkpoint of the run")
+            same += int((ours.argmax(-1) == theirs.argmax(-1)).sum())
+            change, largest = max(change, gap), max(largest, top)
+        tokens += len(example)
+        on_example()
+    return {"tokens": tokens, "argmax_agreement": same / tokens, "largest_change": change,
+            "largest_logit": largest}

@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -226,6 +227,14 @@ class LoraConfig:
     targets: tuple[str, ...] = setting(
         LINEARS, "linears to adapt, by name or pattern: q_proj,v_proj or 'layers.1?.mlp.*'")
     rslora: bool = setting(False, "scale by α / √r instead (arXiv:2312.03732)")
+    dora: bool = setting(False, "also learn each output's magnitude (DoRA, arXiv:2402.09353)")
+    init: str = setting("kaiming", "how A and B start: kaiming, or from W's largest singular "
+                        "vectors (PiSSA, arXiv:2404.02948), exactly or by 16 quick rounds",
+                        ("kaiming", "pissa", "pissa_niter_16"))
+    rank_pattern: tuple[str, ...] = setting((), "other ranks for some linears: o_proj=8,'*.mlp.*=4'"
+                                            " (the first that matches counts)")
+    alpha_pattern: tuple[str, ...] = setting((), "other alphas for some linears, likewise")
+    layers: tuple[str, ...] = setting((), "layers to adapt: 8-15,20 (default: all)")
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -236,6 +245,18 @@ class LoraConfig:
             raise UserError(f"alpha is {self.alpha}; expected a positive number (try --alpha 32)")
         if not self.targets:
             raise UserError(f"targets is empty; name some of {', '.join(LINEARS)}")
+        for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+            for text in getattr(self, key):
+                pattern, _, value = text.rpartition("=")
+                try:
+                    good = pattern and 0 < kind(value) < math.inf
+                except ValueError:
+                    good = False
+                if not good:
+                    raise UserError(f"{key}: {text!r} is not PATTERN=NUMBER, such as down_proj=8")
+        for text in self.layers:
+            if not re.fullmatch(r"\d+(-\d+)?", text):
+                raise UserError(f"layers: {text!r} is neither a number nor a range such as 8-15")
 
 
 @dataclass(frozen=True)
@@ -255,6 +276,8 @@ class TrainConfig:
     length: int = setting(1024, "tokens in a row; conversations are packed into rows")
     pack: bool = setting(True, "several conversations in a row; --no-pack: one")
     lr: float = setting(2e-4, "peak learning rate")
+    lr_ratio: float = setting(1.0, "λ: B learns this many times faster than A (LoRA+, "
+                              "arXiv:2402.12354, which takes 16 and a lower --lr)")
     schedule: str = setting("cosine", "how the rate falls", ("cosine", "linear", "constant"))
     warmup: float = setting(0.03, "share of the steps in which the rate rises to its peak")
     weight_decay: float = setting(0.0, "AdamW's decay of A and B")
@@ -285,8 +308,8 @@ class TrainConfig:
 
         at_least(1, "batch", "accumulate")
         at_least(8, "length")
-        at_least(0, "steps", "epochs", "lr", "warmup", "weight_decay", "clip", "eval_every",
-                 "eval_share", "eval_calls", "save_every")
+        at_least(0, "steps", "epochs", "lr", "lr_ratio", "warmup", "weight_decay", "clip",
+                 "eval_every", "eval_share", "eval_calls", "save_every")
         for name in ("warmup", "eval_share"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a share, less than 1")

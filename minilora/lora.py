@@ -19,15 +19,24 @@ r"""LoRA: leave W as it is, and learn a low-rank change beside it.
 
     y = x Wᵀ + s · (x Aᵀ) Bᵀ            W' = W + s · B A
 
-Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1
-(rsLoRA's scale: Kalajdzievski 2023, arXiv:2312.03732). With g = ∂L/∂y the gradients are, for one
-token, ∂L/∂B = s · gᵀ (x Aᵀ) and ∂L/∂A = s · (g B)ᵀ x; `tests/test_gradients.py` holds them to it.
+Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
+With g = ∂L/∂y the gradients are, for one token, ∂L/∂B = s · gᵀ (x Aᵀ) and ∂L/∂A = s · (g B)ᵀ x;
+`tests/test_gradients.py` holds them to it. Its variants, which may be combined:
+
+    rsLoRA   s = α / √r, so that large ranks learn as fast        Kalajdzievski 2023, 2312.03732
+    PiSSA    A and B start as W's r largest singular triples,      Meng et al. 2024, 2404.02948
+             A₀, B₀, and W gives them up: W - s · B₀A₀ + s · BA
+    DoRA     W' = m / ‖W + ΔW‖ · (W + ΔW), a row at a time:        Liu et al. 2024, 2402.09353
+             m [out] is learned, and starts as ‖W‖
+    LoRA+    B learns λ times faster than A: `make_optimizer`      Hayou et al. 2024, 2402.12354
 
 A and B are float32 masters whatever W's dtype is: in bfloat16 an update of 1e-4 would be lost.
 """
 
 import fnmatch
 import math
+import re
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +46,14 @@ from minilora.config import LoraConfig, UserError
 
 
 class LoRALinear(nn.Module):
-    """A frozen linear without bias, and beside it the trained pair A, B.
+    """A frozen linear without bias, and beside it the trained pair A, B (and DoRA's m).
 
     Takes the place of an `nn.Linear` and keeps its parameter name `weight`, so that a checkpoint's
     names stay what they are. "lora_" in a parameter's name is the whole rule for what is trained.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
-                 rslora: bool = False) -> None:
+                 rslora: bool = False, dora: bool = False, init: str = "kaiming") -> None:
         super().__init__()
         self.weight = linear.weight.requires_grad_(False)  # [out, in]
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
@@ -55,6 +64,13 @@ class LoRALinear(nn.Module):
         device = self.weight.device
         self.lora_A = nn.Parameter(start.to(device))
         self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        # PiSSA's A₀ and B₀. W itself keeps its bytes: they are taken off beside it.
+        start_A, start_B = self._principal(init) if init != "kaiming" else (None, None)
+        self.register_buffer("lora_start_A", start_A, persistent=False)  # [r, in]
+        self.register_buffer("lora_start_B", start_B, persistent=False)  # [out, r]
+        if start_A is not None:
+            self.lora_A.data, self.lora_B.data = start_A.clone(), start_B.clone()
+        self.lora_magnitude = nn.Parameter(self._norm()) if dora else None  # [out]
         self.merged = False
         self.base: Tensor | None = None  # W's bytes from before a merge that may be undone
 
@@ -63,26 +79,69 @@ class LoRALinear(nn.Module):
         """s, the factor before B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def delta(self) -> Tensor:
-        """ΔW = s · B A in float32, [out, in]."""
-        return self.scaling * (self.lora_B @ self.lora_A)
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """A and B of a plain LoRA with the same ΔW = s · B A: with PiSSA [B, -B₀] [A; A₀]."""
+        if self.lora_start_A is None:
+            return self.lora_A, self.lora_B
+        return (torch.cat([self.lora_A, self.lora_start_A]),        # [2 r, in]
+                torch.cat([self.lora_B, -self.lora_start_B], 1))    # [out, 2 r]
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] → [.., out], in x's dtype."""
-        y = F.linear(x, self.weight)  # [.., out]
+        y = F.linear(x, self.weight)                                                # [.., out]
         if self.merged:
             return y
         low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        return torch.add(y, F.linear(low, self.lora_B.to(x.dtype)), alpha=self.scaling)
+        change = F.linear(low, self.lora_B.to(x.dtype))                             # [.., out]
+        if self.lora_start_A is not None:
+            start = F.linear(x, self.lora_start_A.to(x.dtype))                      # [.., r]
+            change = change - F.linear(start, self.lora_start_B.to(x.dtype))
+        y = torch.add(y, change, alpha=self.scaling)
+        if self.lora_magnitude is None:
+            return y
+        return y * (self.lora_magnitude / self._norm()).to(y.dtype)
+
+    def _sum(self) -> Tensor:
+        """W + ΔW [out, in], in float32 or wider."""
+        A, B = self.pair()
+        return self.weight.to(A.dtype) + self.scaling * (B @ A)
+
+    @torch.no_grad()
+    def _norm(self) -> Tensor:
+        """‖W + ΔW‖ of each row, [out]. No gradient flows through it (DoRA, section 4.3)."""
+        return torch.linalg.vector_norm(self._sum(), dim=1)
+
+    @torch.no_grad()
+    def _principal(self, init: str) -> tuple[Tensor, Tensor]:
+        """A₀ = √(S / s) Vᵀ, B₀ = U √(S / s) of W's r largest singular values S (PiSSA, eq. 2, 3).
+
+        Exactly, or by as many rounds of subspace iteration as `init` ends with (Halko et al. 2009,
+        arXiv:0909.4061): seconds rather than minutes on a large model.
+        """
+        wide = self.weight.float()
+        if self.rank > min(wide.shape):
+            raise UserError(f"rank {self.rank}: PiSSA takes at most the {min(wide.shape)} singular "
+                            f"values that a {'×'.join(map(str, wide.shape))} matrix has")
+        if init == "pissa":
+            U, S, Vt = torch.linalg.svd(wide, full_matrices=False)
+        else:
+            more = min(self.rank + 8, *wide.shape)  # a few more make the last of the r exact
+            U, S, V = torch.svd_lowrank(wide, more, niter=int(init.rpartition("_")[2]))
+            Vt = V.mT
+        root = (S[:self.rank] / self.scaling).sqrt()
+        return (root[:, None] * Vt[:self.rank]).contiguous(), U[:, :self.rank] * root
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + s · B A [out, in], added in float32 and rounded once to W's dtype."""
-        return (self.weight.float() + self.delta()).to(self.weight.dtype)
+        """W' [out, in], made in float32 and rounded once to W's dtype."""
+        merged = self._sum()
+        if self.lora_magnitude is not None:
+            merged *= (self.lora_magnitude / self._norm())[:, None]
+        return merged.to(self.weight.dtype)
 
     @torch.no_grad()
     def merge(self, undo: bool = False) -> None:
-        """W ← W + s · B A. Raises UserError where W's dtype cannot hold that."""
+        """W ← W'. Raises UserError where W's dtype cannot hold that."""
         merged = self.merged_weight()
         if not torch.isfinite(merged).all():
             raise UserError(f"W + BA overflows {self.weight.dtype}; load the base in bfloat16 or "
@@ -99,45 +158,90 @@ class LoRALinear(nn.Module):
         self._mark(merged=False)
 
     def _mark(self, merged: bool) -> None:
-        """Once merged, A and B act no more and are not trained."""
+        """Once merged, what was trained acts no more and is not trained."""
         self.merged = merged
-        self.lora_A.requires_grad_(not merged)
-        self.lora_B.requires_grad_(not merged)
+        for name, parameter in self.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(not merged)
 
     def extra_repr(self) -> str:
         out_features, in_features = self.weight.shape
-        return f"{in_features} → {out_features}, rank={self.rank}, scaling={self.scaling:g}"
+        return f"{in_features} → {out_features}, rank={self.rank}, scaling={self.scaling:g}" + (
+            ", DoRA" if self.lora_magnitude is not None else "")
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
     """Puts a LoRALinear in the place of each linear that `config.targets` choose; freezes all else.
 
-    A target is a module's last name (`q_proj`) or a pattern over its full name (`layers.1?.mlp.*`).
-    Returns the names of what was wrapped, in the model's order. A is drawn from `seed`, in that
-    order. Raises UserError for a target that matches nothing and a model that has LoRA already.
+    A target is a module's last name (`q_proj`) or a pattern over its full name (`layers.1?.mlp.*`);
+    so is the left side of a rank or alpha pattern. Returns the names of what was wrapped, in the
+    model's order. A is drawn from `seed`, in that order. Raises UserError for a target, pattern or
+    layer that chooses nothing, and for a model that has LoRA already.
     """
     if adapted(model):
         raise UserError("this model has LoRA attached already; load the base anew to attach other")
     linears = {name: module for name, module in model.named_modules()
                if isinstance(module, nn.Linear)}
-    chosen = set()
+    chosen: set[str] = set()
     for target in config.targets:
-        matches = {name for name in linears
-                   if name.rpartition(".")[2] == target or fnmatch.fnmatchcase(name, target)}
+        matches = {name for name in linears if _matches(name, target)}
         if not matches:
             known = dict.fromkeys(name.rpartition(".")[2] for name in linears)
             raise UserError(f"target {target!r} matches no linear; use names such as "
                             f"{', '.join(known)} or patterns over {next(iter(linears))!r}")
         chosen |= matches
+    if config.layers:
+        chosen &= _of_layers(linears, config.layers)
+        if not chosen:
+            raise UserError(f"layers {','.join(config.layers)} hold none of the targets "
+                            f"{','.join(config.targets)}")
+    wrapped = [name for name in linears if name in chosen]
+    ranks = _by_pattern(wrapped, config.rank_pattern, "rank_pattern", config.rank)
+    alphas = _by_pattern(wrapped, config.alpha_pattern, "alpha_pattern", config.alpha)
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in (wrapped := [name for name in linears if name in chosen]):
+        for name in wrapped:
             parent, _, child = name.rpartition(".")
-            lora = LoRALinear(linears[name], config.rank, config.alpha, config.dropout,
-                              config.rslora)
-            setattr(model.get_submodule(parent), child, lora)
+            setattr(model.get_submodule(parent), child, LoRALinear(
+                linears[name], int(ranks[name]), alphas[name], config.dropout, config.rslora,
+                config.dora, config.init))
     return wrapped
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """Whether a module's name is meant: by its last part, or by a pattern over the whole."""
+    return name.rpartition(".")[2] == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
+def _by_pattern(names: list[str], patterns: tuple[str, ...], setting: str,
+                default: float) -> dict[str, float]:
+    """A number for each name: that of the first `pattern=number` that matches, or `default`."""
+    numbers = {}
+    for pattern, _, number in (text.rpartition("=") for text in reversed(patterns)):
+        matches = [name for name in names if _matches(name, pattern)]
+        if not matches:
+            raise UserError(f"{setting}: {pattern!r} matches no adapted linear; use a name such as "
+                            f"{names[0].rpartition('.')[2]} or a pattern over {names[0]!r}")
+        numbers |= dict.fromkeys(matches, float(number))
+    return {name: numbers.get(name, default) for name in names}
+
+
+def _of_layers(names: Iterable[str], layers: tuple[str, ...]) -> set[str]:
+    """The names that stand in the layers asked for, each a number or a range such as 8-15."""
+    found: dict[int, list[str]] = {}
+    for name in names:
+        if layer := re.search(r"\blayers\.(\d+)\.", name):
+            found.setdefault(int(layer[1]), []).append(name)
+    chosen: set[str] = set()
+    for text in layers:
+        first, _, last = text.partition("-")
+        wanted = range(int(first), int(last or first) + 1)
+        if not wanted or wanted[-1] not in found:
+            raise UserError(f"layers: {text} is not in this model, which has layers 0 to "
+                            f"{max(found)}")
+        chosen.update(name for layer in wanted for name in found[layer])
+    return chosen
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:

@@ -40,6 +40,7 @@ def save_state(folder: str | Path, step: int, model: Gemma, optimizer: torch.opt
     check_unmerged(model)
     names = {parameter: name for name, parameter in trainable(model).items()}
     tensors = {f"model.{name}": parameter for parameter, name in names.items()}
+    tensors |= {f"start.{name}": start for name, start in _starts(model).items()}
     tensors |= {f"optimizer.{names[parameter]}.{key}": value
                 for parameter, state in optimizer.state.items() for key, value in state.items()}
     tensors |= {f"rng.{device}": state for device, state in _random_states().items()}
@@ -86,9 +87,10 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
     groups = [[names[parameter] for parameter in group["params"]]
               for group in optimizer.param_groups]
     shapes = state["shapes"]
+    wanted = {f"model.{name}": parameter for name, parameter in parameters.items()}
+    wanted |= {f"start.{name}": start for name, start in _starts(model).items()}
     if groups != [group["names"] for group in state["groups"]] or any(
-            shapes.get(f"model.{name}") != list(parameter.shape)
-            for name, parameter in parameters.items()):
+            shapes.get(name) != list(tensor.shape) for name, tensor in wanted.items()):
         raise UserError(f"{path}: what it trained is not what is to be trained now; go on with the "
                         "rank, targets and tokens of the run")
     tensors = read_tensors(weights, shapes, hint)
@@ -106,11 +108,18 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[f"model.{name}"])
+        for name, start in _starts(model).items():
+            start.copy_(tensors[f"start.{name}"])
     torch.set_rng_state(tensors["rng.cpu"])
     for i in range(torch.cuda.device_count()):
         if f"rng.cuda{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)
     return state["progress"]
+
+
+def _starts(model: Gemma) -> dict[str, Tensor]:
+    """PiSSA's A₀ and B₀: another machine's decomposition may differ in its last bits."""
+    return {name: buffer for name, buffer in model.named_buffers() if "lora_start" in name}
 
 
 def _random_states() -> dict[str, Tensor]:

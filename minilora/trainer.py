@@ -53,15 +53,19 @@ def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
 
 
 def make_optimizer(model: Gemma, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over A and B, with weight decay, and over the rows of new tokens, without.
+    """AdamW over A and B, with weight decay, and over magnitudes and new rows, without.
 
-    Rows are not decayed: towards zero is no sensible place for an embedding.
+    Towards zero is no sensible place for a magnitude or an embedding. B's rate is `lr_ratio` times
+    the others' (LoRA+, arXiv:2402.12354, section 4.2): `train_step` multiplies by a group's
+    `ratio`.
     """
     trained = trainable(model)
-    adapters = [p for name, p in trained.items() if "lora_" in name]
-    rows = [p for name, p in trained.items() if "lora_" not in name]
-    groups = [{"params": adapters, "weight_decay": config.weight_decay},
-              {"params": rows, "weight_decay": 0.0}]
+    A = [p for name, p in trained.items() if name.endswith("lora_A")]
+    B = [p for name, p in trained.items() if name.endswith("lora_B")]
+    others = [p for name, p in trained.items() if not name.endswith(("lora_A", "lora_B"))]
+    groups = [{"params": A, "weight_decay": config.weight_decay, "ratio": 1.0},
+              {"params": B, "weight_decay": config.weight_decay, "ratio": config.lr_ratio},
+              {"params": others, "weight_decay": 0.0, "ratio": 1.0}]
     fused = model.embed_tokens.weight.device.type == "cuda"
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr,
                              betas=(0.9, 0.999), fused=fused)
@@ -111,7 +115,7 @@ def train_step(model: Gemma, optimizer: torch.optim.Optimizer, step: Sequence[Ba
         raise UserError(f"loss {loss.item():g} and gradient norm {norm.item():g} are not finite; "
                         "try a lower --lr, or --dtype float32")
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((batch.documents > 0).sum()) for batch in step)

@@ -27,12 +27,12 @@ def draw(*shape: int, seed: int = 0, scale: float = 1.0) -> torch.Tensor:
     return (scale * torch.randn(*shape, generator=generator, dtype=WIDE)).requires_grad_()
 
 
-def lora_linear(rslora: bool = False) -> LoRALinear:
+def lora_linear(rslora: bool = False, **variant) -> LoRALinear:
     """A LoRALinear in float64 with every number drawn, B too."""
-    layer = LoRALinear(nn.Linear(7, 5, bias=False), rank=3, alpha=4.5, rslora=rslora).to(WIDE)
+    layer = LoRALinear(nn.Linear(7, 5, bias=False), 3, 4.5, rslora=rslora, **variant).to(WIDE)
     with torch.no_grad():
-        for seed, parameter in enumerate(layer.parameters()):
-            parameter.copy_(draw(*parameter.shape, seed=seed))
+        for seed, tensor in enumerate([*layer.parameters(), *layer.buffers()]):
+            tensor.copy_(draw(*tensor.shape, seed=seed))
     return layer
 
 
@@ -48,14 +48,41 @@ def test_closed_forms_of_dA_and_dB(rslora):
     assert layer.weight.grad is None
 
 
-def test_lora_linear_gradcheck():
-    layer = lora_linear()
+@pytest.mark.parametrize("variant", [{}, dict(rslora=True), dict(init="pissa"), dict(dora=True),
+                                     dict(dora=True, init="pissa")])
+def test_lora_linear_gradcheck(variant, monkeypatch):
+    """DoRA's norm is held still here: no gradient flows through it (section 4.3 of its paper)."""
+    layer = lora_linear(**variant)
+    norm = layer._norm()
+    monkeypatch.setattr(LoRALinear, "_norm", lambda self: norm)
+    names = [name for name, _ in layer.named_parameters() if name != "weight"]
+    assert ("lora_magnitude" in names) == ("dora" in variant)
 
-    def run(x, A, B):
-        return torch.func.functional_call(layer, {"lora_A": A, "lora_B": B}, (x,))
+    def run(x, *values):
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
 
-    inputs = (draw(4, 7, seed=3), draw(3, 7, seed=4), draw(5, 3, seed=5))
-    assert gradcheck(run, inputs)
+    values = (draw(*layer.get_parameter(name).shape, seed=i) for i, name in enumerate(names, 4))
+    assert gradcheck(run, (draw(4, 7, seed=3), *values))
+
+
+def test_closed_forms_of_dora():
+    """With V = W + ΔW and G = gᵀx: dm = Σ G ∘ V / ‖V‖ a row, dB = s · (m / ‖V‖ ∘ G) Aᵀ."""
+    layer, x, g = lora_linear(dora=True), draw(11, 7, seed=8), draw(11, 5, seed=9)
+    layer(x).backward(g)
+    s, m, G = 1.5, layer.lora_magnitude, g.mT @ x
+    V = layer.weight + s * layer.lora_B @ layer.lora_A
+    length = V.norm(dim=1)
+    torch.testing.assert_close(m.grad, (G * V).sum(1) / length)
+    torch.testing.assert_close(layer.lora_B.grad, s * (m / length)[:, None] * G @ layer.lora_A.mT)
+    torch.testing.assert_close(x.grad, g @ ((m / length)[:, None] * V))
+
+
+def test_the_gradient_of_pissa_is_that_of_lora():
+    """A₀ and B₀ move where A and B are, not how the loss changes with them."""
+    layer, x, g = lora_linear(init="pissa"), draw(11, 7, seed=8), draw(11, 5, seed=9)
+    layer(x).backward(g)
+    torch.testing.assert_close(layer.lora_B.grad, 1.5 * g.mT @ (x @ layer.lora_A.mT))
+    torch.testing.assert_close(layer.lora_A.grad, 1.5 * (g @ layer.lora_B).mT @ x)
 
 
 @pytest.mark.parametrize("window, documents, softcap, heads",

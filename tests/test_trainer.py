@@ -37,9 +37,9 @@ def some_examples(count: int, seed: int = 0) -> list[Example]:
     return examples
 
 
-def model_with_lora(seed: int = 0):
+def model_with_lora(seed: int = 0, **settings):
     model = tiny_model("gemma2", seed=seed)
-    attach(model, LoraConfig(rank=2, alpha=4.0))
+    attach(model, LoraConfig(rank=2, alpha=4.0, **settings))
     model.embed_tokens.add_rows([512], torch.zeros(1, 72))
     return model
 
@@ -63,13 +63,29 @@ def test_warmup_of_nothing_and_of_one_step():
     assert learning_rate(0, 1, TrainConfig(warmup=0.03, lr=1.0)) == 1.0
 
 
-def test_rows_are_not_decayed():
-    model = model_with_lora()
+def test_rows_and_magnitudes_are_not_decayed():
+    model = model_with_lora(dora=True)
     groups = make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
     decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
     for name, parameter in trainable(model).items():
-        assert (id(parameter) in decayed) == ("lora_" in name)
+        assert (id(parameter) in decayed) == name.endswith(("lora_A", "lora_B"))
     assert sum(len(group["params"]) for group in groups) == len(trainable(model))
+
+
+@pytest.mark.parametrize("ratio", [1.0, 16.0])
+def test_b_learns_faster_by_the_ratio(ratio):
+    """AdamW's first step is the rate in size, whatever the gradient (LoRA+)."""
+    model = model_with_lora(dora=True)
+    before = {name: p.detach().clone() for name, p in trainable(model).items()}
+    optimizer = make_optimizer(model, TrainConfig(lr_ratio=ratio))
+    step = list(batches(some_examples(4), 4, 32))
+    train_step(model, optimizer, step, lr=1e-3, clip=0.0)
+    for name, parameter in trainable(model).items():
+        moved = (parameter - before[name]).abs().max().item()
+        if name.endswith("lora_B"):
+            assert moved == pytest.approx(1e-3 * ratio, rel=0.02), name
+        else:
+            assert moved <= 1.001e-3, name
 
 
 @pytest.mark.parametrize("pack", [True, False])
