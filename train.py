@@ -5,8 +5,9 @@
     python train.py --model google/gemma-2-2b-it --data calls.jsonl --out runs/calls
     python train.py --resume runs/calls                # go on where a run was stopped
 
-The run folder gets adapter/ (peft's layout), checkpoints/, metrics.jsonl, config.json, curve.png
-and, with --merge, merged/ (the whole model in the hub's layout). Ctrl-C saves and leaves.
+The run folder gets adapter/ (peft's layout), checkpoints/, metrics.jsonl, config.json, result.json,
+curve.png and, with --merge, merged/ (the whole model in the hub's layout); --push uploads the
+adapter to the hub. Ctrl-C saves and leaves.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from minilora.config import (
 )
 from minilora.data import batches, make_examples, split, summary
 from minilora.evaluate import Report, evaluate
-from minilora.files import write_file
+from minilora.files import write_file, write_json
+from minilora.hub import add_push_flags, check_push, model_card, push
 from minilora.lora import attach, trainable
 from minilora.readers import read_conversations, refuse, warn
 from minilora.report import (
@@ -67,6 +69,7 @@ STARTED = time.perf_counter()
 def main() -> None:
     flags = parse()
     lora, config, out = settings(flags)
+    check_push(flags, config.model)
     torch.manual_seed(config.seed)
 
     # --- the base, its new tokens and its adapters
@@ -123,7 +126,8 @@ def main() -> None:
         write_file(out / "config.json", (json.dumps(chosen, indent=2) + "\n").encode())
         state = {"step": 0, "before": None}
         if asked:
-            state["before"] = answer(model, tokenizer, asked, config, "before").calls.value
+            report = answer(model, tokenizer, asked, config, "before")
+            state |= {"before": report.calls.value, "no_tool_before": report.no_tool.value}
 
     # --- the loop
     stream = stream_batches(examples, config, skip=state["step"] * config.accumulate)
@@ -168,30 +172,43 @@ def main() -> None:
         say("note: curve.png is not drawn: matplotlib is missing (pip install matplotlib)")
     if state["step"] < steps:
         say(f"stopped after step {state['step']} of {steps}; go on with: "
-            f"python train.py --resume {out}")
+            f"python train.py --resume {out}" + (f" --push {flags.push}" if flags.push else "")
+            + (" --public" if flags.public else ""))
         return
     save_state(out / "checkpoints", steps, model, optimizer, state)
-    after = answer(model, tokenizer, asked, config, "after") if asked else None
+    after = answer(model, tokenizer, asked, config, "after") if asked else Report(())
     if config.merge:
         export_merged(model, tokenizer, config.model, out / "merged", config.dialect)
 
-    result = {"before": state["before"], "after": after and after.calls.value,
-              "no_tool_after": after and after.no_tool.value,
+    result = {"before": state["before"], "after": after.calls.value,
+              "after_95": after.calls.interval, "after_of": after.calls.total,
+              "no_tool_before": state.get("no_tool_before"), "no_tool_after": after.no_tool.value,
+              "no_tool_after_95": after.no_tool.interval, "no_tool_after_of": after.no_tool.total,
+              "steps": steps, "conversations": len(examples),
               "seconds": round(time.perf_counter() - STARTED, 1),
               "train_seconds": round(seconds, 1),
               "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
               "peak_bytes": peak_bytes(device), "trained_parameters": trained, "out": str(out)}
+    write_json(out / "result.json", result)
+    table_rows = model.embed_tokens.num_embeddings if model.embed_tokens.appended else 0
+    for kind, library in (("adapter", "peft"), ("merged", "transformers")):
+        if (out / kind).is_dir():
+            card = model_card(library, config.model, config.dialect, out, table_rows)
+            write_file(out / kind / "README.md", card.encode())
     if flags.json:
-        print(json.dumps(result))
-        return
-    rows = [("trained", f"{steps} steps in {duration(seconds)}, {tokens / seconds:.0f} tokens/s, "
-                        f"{count(result['peak_bytes'])}B at most")]
-    if after:
-        before = "none" if state["before"] is None else f"{state['before']:.3f}"
-        rows += [("calls right", f"{before} before, {after.calls} after"),
-                 ("no tool needed", f"{after.no_tool} answered without one, after")]
-    rows += [("adapter", f"{out / 'adapter'}"), ("next", f'python infer.py --adapter {out} "…"')]
-    print(table(rows))
+        print(json.dumps(result), flush=True)
+    else:
+        rows = [("trained", f"{steps} steps in {duration(seconds)}, {tokens / seconds:.0f} "
+                            f"tokens/s, {count(result['peak_bytes'])}B at most")]
+        if after.cases:
+            before = "none" if state["before"] is None else f"{state['before']:.3f}"
+            rows += [("calls right", f"{before} before, {after.calls} after"),
+                     ("no tool needed", f"{after.no_tool} answered without one, after")]
+        rows += [("adapter", f"{out / 'adapter'}"),
+                 ("next", f'python infer.py --adapter {out} "…"')]
+        print(table(rows), flush=True)
+    if flags.push:
+        say(f"pushed to {push(out / 'adapter', flags.push, flags.public)}")
 
 
 def parse() -> argparse.Namespace:
@@ -201,13 +218,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="settings from a file, such as the "
                         "config.json of a run folder; flags come before them")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    add_push_flags(parser, "the adapter")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     return parser.parse_args()
 
 
 def settings(flags: argparse.Namespace) -> tuple[LoraConfig, TrainConfig, Path]:
     """The run's settings and its folder: from flags, from a file, from the run to go on with."""
-    given = {name for name in vars(flags) if name not in ("config", "resume", "json")}
+    given = vars(flags).keys() - {"config", "resume", "json", "push", "public"}
     path = flags.config
     if flags.resume:
         if given or path:

@@ -21,6 +21,7 @@ Read it in this order; a file imports only from those above it.
     tools.py        Python functions as tools; think, call, observe, answer
     evaluate.py     tool-call accuracy by comparing calls
     report.py       metrics, progress, curves
+    hub.py          the model card, and its way to the hub
     __main__.py     python -m minilora …
     nano/           the built-in base, its data, and the script that made both
 

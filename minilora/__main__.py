@@ -4,20 +4,31 @@
     python -m minilora show DATA --row 3          one conversation, tokens coloured by kind
     python -m minilora eval --adapter RUN --data DATA       tool-call accuracy, decoded for real
     python -m minilora merge --adapter RUN --out FOLDER     the whole model in the hub's layout
+        --check DATA         read it again and compare its logits on conversations
+        --extended-base      or the base with the new rows in place, and an adapter without them
 """
 
 import argparse
 import json
 import sys
+from pathlib import Path
 
 from minilora.chat import DIALECTS
-from minilora.checkpoint import adapter_base, export_merged, open_model
+from minilora.checkpoint import (
+    adapter_base,
+    compare_logits,
+    export_extended,
+    export_merged,
+    open_model,
+)
 from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
-from minilora.data import make_example, make_examples, summary
+from minilora.data import Example, make_example, make_examples, summary
 from minilora.evaluate import evaluate
+from minilora.files import write_file
+from minilora.hub import add_push_flags, check_push, model_card, push
 from minilora.lora import adapted
 from minilora.model import Gemma
-from minilora.readers import read_conversations
+from minilora.readers import read_conversations, warn
 from minilora.report import color_legend, color_tokens, count, progress, run_command, say, table
 from minilora.tokenizer import Tokenizer
 from minilora.weights import placement
@@ -44,6 +55,14 @@ def main(argv: list[str] | None = None) -> None:
     measure.set_defaults(run=measure_calls)
     fold = commands.add_parser("merge", help="fold an adapter into its base and write the model")
     fold.add_argument("--out", required=True, help="folder to write")
+    fold.add_argument("--extended-base", action="store_true", help="write base/ with the new rows "
+                      "in place and adapter/ without them, for servers that take only linears "
+                      "from an adapter")
+    fold.add_argument("--check", metavar="DATA", help="load what was written and compare its "
+                      "logits with the unmerged model's on these conversations (takes the memory "
+                      "of both)")
+    add_flags(fold, TrainConfig, only=("length",))
+    add_push_flags(fold, "the model")
     fold.set_defaults(run=merge_adapter)
     for command in (measure, fold):
         command.add_argument("--adapter", help="run folder or adapter folder, peft's included",
@@ -134,15 +153,60 @@ def measure_calls(flags: argparse.Namespace) -> None:
 
 
 def merge_adapter(flags: argparse.Namespace) -> None:
-    """Writes W + BA, and the rows of new tokens in place, as a model that transformers loads."""
+    """Writes W + BA, and the rows of new tokens in place, as a model that transformers loads.
+
+    Or, with --extended-base, that base and an adapter for it. Then compares and uploads, if asked.
+    """
+    if flags.push and flags.extended_base:
+        raise UserError("--push takes one model, --extended-base writes two folders; push the "
+                        "merged model instead")
+    check_push(flags)
+    out, config = Path(flags.out), from_flags(TrainConfig, flags)
     model, tokenizer, dialect, base = load(flags)
     if not adapted(model):
         raise UserError(f"{flags.adapter}: holds no LoRA adapter to merge")
-    export_merged(model, tokenizer, base, flags.out, dialect)
-    if flags.json:
-        print(json.dumps({"out": flags.out, "base": base}))
+    if flags.check:
+        examples = make_examples(read_conversations(flags.check.split(",")), tokenizer, dialect,
+                                 config.length, on_problem=warn)
+        if not examples:
+            raise UserError(f"{flags.check}: no conversation to compare on is left")
+    if flags.extended_base:
+        export_extended(model, tokenizer, base, out, dialect)
+        say(f"{base} with the new rows of {flags.adapter} is in {out / 'base'}, its adapter in "
+            f"{out / 'adapter'}")
     else:
-        say(f"{base} with {flags.adapter} is merged in {flags.out}")
+        card = model_card("transformers", base, dialect, flags.adapter)
+        export_merged(model, tokenizer, base, out, dialect)
+        write_file(out / "README.md", card.encode())
+        say(f"{base} with {flags.adapter} is merged in {out}")
+    facts = {"out": flags.out, "base": base}
+    if flags.check:
+        written = (None, out / "adapter") if flags.extended_base else (out, None)
+        facts["check"] = check = compare(model, written, examples, config)
+        if not flags.json:
+            within = {None: "", True: "; within 1e-5", False: "; NOT within 1e-5"}
+            print(table([
+                ("compared", f"{check['tokens']} tokens of {len(examples)} conversations, in "
+                             f"{check['dtype']}"),
+                ("likeliest token", f"the same for {check['argmax_agreement']:.4%}"),
+                ("largest change", f"{check['largest_change']:.3g}, {check['largest_share']:.2g} "
+                                   f"of the largest logit{within[check['within_1e-5']]}")]))
+    if flags.json:
+        print(json.dumps(facts), flush=True)
+    if flags.push:
+        say(f"pushed to {push(out, flags.push, flags.public)}")
+
+
+def compare(model: Gemma, written: tuple[Path | None, Path | None],
+            examples: list[Example], config: TrainConfig) -> dict:
+    """How the model that was written differs from `model`; `written` as `open_model` takes it."""
+    again, _, _ = open_model(*written, *placement(config.device, config.dtype))
+    with progress(len(examples), unit="conversation") as bar:
+        found = compare_logits(model, again, examples, bar.update)
+    dtype = str(model.embed_tokens.weight.dtype).removeprefix("torch.")
+    share = found["largest_change"] / found["largest_logit"]
+    return {**found, "dtype": dtype, "largest_share": share,
+            "within_1e-5": share <= 1e-5 if dtype == "float32" else None}
 
 
 def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str, str]:

@@ -559,7 +559,8 @@ def chat_template(dialect: str = "hermes") -> str:
     """Jinja for `tokenizer_config.json`: messages and tools in OpenAI's shape to `render`'s text.
 
     The text, tokenized by a tokenizer that knows the dialect's tokens and adds no `<bos>` of its
-    own, has `render`'s ids, unless a message itself spells a control token: text cannot tell.
+    own, has `render`'s ids, unless a message itself spells a control token or has a U+2581: text
+    cannot tell. (transformers also cuts longer runs of spaces than the longest piece otherwise.)
     """
     template = _TEMPLATE.strip()
     for name, expression in get_dialect(dialect).template.items():

@@ -194,13 +194,17 @@ def _rope(raw: dict, family: str, source: str) -> dict[str, float]:
     if not isinstance(new, dict):
         raise UserError(f"{source}: rope_parameters must be an object")
     whole = {**flat, **(new.get("full_attention", {} if "sliding_attention" in new else new))}
-    local = new.get("sliding_attention", {})
+    local = new.get("sliding_attention") or {}
     theta = whole["rope_theta"]
     local_theta = local.get("rope_theta", raw.get("rope_local_base_freq",
                                                   1e4 if family == "gemma3_text" else theta))
     kind = whole.get("rope_type") or whole.get("type")
-    if kind not in ("default", "linear") or local.get("rope_type", "default") != "default":
-        raise UserError(f"{source}: rope_type is {kind!r}; published Gemmas use default or linear")
+    local_kind = local.get("rope_type", "default")
+    # Only Gemma 3 stretches its positions, and only on global layers.
+    if kind not in ("default", "linear")[:1 + (family == "gemma3_text")] or local_kind != "default":
+        odd = kind if local_kind == "default" else local_kind
+        raise UserError(f"{source}: rope_type is {odd!r}; published Gemmas use default, and Gemma "
+                        "3 linear on its global layers")
     factor = whole.get("factor", 1.0) if kind == "linear" else 1.0
     for key, value in (("rope_theta", theta), ("rope_local_base_freq", local_theta),
                        ("rope factor", factor)):

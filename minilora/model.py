@@ -45,7 +45,9 @@ def rotation(positions: Tensor, head_dim: int, theta: float, factor: float,
     """cos and sin [B, 1, T, H] of the angles that RoPE turns by (arXiv:2104.09864, section 3.4)."""
     wide = torch.promote_types(dtype, torch.float32)
     steps = torch.arange(0, head_dim, 2, device=positions.device, dtype=wide) / head_dim
-    angles = positions[:, None, :, None].to(wide) / (factor * theta ** steps)   # [B, 1, T, H/2]
+    # Inverted, then multiplied, as transformers does: far out another rounding is another angle.
+    turns = 1.0 / theta ** steps / factor                                       # [H/2]
+    angles = positions[:, None, :, None].to(wide) * turns                       # [B, 1, T, H/2]
     angles = torch.cat([angles, angles], -1)                                    # [B, 1, T, H]
     return angles.cos().to(dtype), angles.sin().to(dtype)
 

@@ -318,7 +318,11 @@ class Tokenizer:
         return _write_model(entries, self._rest)
 
     def _tokenizer_json(self, raw: dict) -> bytes:
-        """The base's tokenizer.json with the new tokens, in its vocabulary and as added tokens."""
+        """The base's tokenizer.json with the new tokens in its vocabulary.
+
+        Its added tokens are those of the tokenizer_config.json, so that both match the same strings
+        in a text, which are those that SentencePiece matches, and call the same ones special.
+        """
         path, new = self._folder / "tokenizer.json", set(self.new_tokens.values())
         try:
             added = {token["id"]: token for token in raw["added_tokens"]
@@ -327,16 +331,16 @@ class Tokenizer:
                 self._check(path, i, added[i]["content"])
             # Every id gets an entry in the vocabulary: the tokenizers package makes up its own ids
             # for added tokens that have none there.
-            vocab = raw["model"]["vocab"]
-            old = {i: token for token, i in vocab.items()}
-            for i in new | set(range(len(self._entries), self.vocab_size)):
-                vocab.pop(old.get(i), None)
-                vocab[self._pieces[i]] = i
+            vocab = {token: i for token, i in raw["model"]["vocab"].items()
+                     if i < len(self._entries) and i not in new}
+            vocab |= {self._pieces[i]: i
+                      for i in sorted(new | set(range(len(self._entries), self.vocab_size)))}
+            model = {**raw["model"], "vocab": vocab}
         except (AttributeError, KeyError, TypeError):
             raise UserError(f"{path}: not the tokenizer.json of a Gemma; delete it, or take it "
                             "from the base model") from None
-        added |= {i: {"id": i, **self._added[i]} for i in new}
-        return _json({**raw, "added_tokens": [added[i] for i in sorted(added)]})
+        added |= {i: {"id": i, **token} for i, token in self._added.items()}
+        return _json({**raw, "added_tokens": [added[i] for i in sorted(added)], "model": model})
 
 
 def _read_object(path: Path) -> dict:
@@ -355,12 +359,15 @@ def _added_token(token: str, special: bool) -> dict:
 
 def _without(value: object, forgotten: set[str]) -> object:
     """A JSON value less the entries that name a forgotten token (keys such as image_token)."""
+    def names_one(item: object) -> bool:
+        token = item.get("content") if isinstance(item, dict) else item  # {…} is an added token
+        return isinstance(token, str) and token in forgotten
+
     if isinstance(value, dict):
         return {key: _without(item, forgotten) for key, item in value.items()
-                if not (isinstance(item, str) and item in forgotten)}
+                if not names_one(item)}
     if isinstance(value, list):
-        return [_without(item, forgotten) for item in value
-                if not (isinstance(item, str) and item in forgotten)]
+        return [_without(item, forgotten) for item in value if not names_one(item)]
     return value
 
 

@@ -1,6 +1,11 @@
-"""What test files share: tiny models on shapes that tell bugs apart, a tokenizer, real data."""
+"""What test files share: tiny models on shapes that tell bugs apart, a tokenizer, real data.
 
+And what they measure: differences from other implementations, held to a bar and shown in a table.
+"""
+
+import importlib.metadata
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -13,7 +18,7 @@ from minilora.config import NANO, GemmaConfig
 from minilora.model import Gemma
 from minilora.tokenizer import Tokenizer
 
-SHARED = Path(__file__).parents[2] / "shared"
+REAL = "MINILORA_REAL_INPUT"  # folder of real vocabularies and data that some tests can use
 LAW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
 # The query scalar is not the head dim, √D is exact in no dtype, the window is shorter than the
@@ -87,8 +92,77 @@ def nano_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def gemma2_tokenizer_model() -> Path:
-    """The real Gemma 2 vocabulary, where it is at hand."""
-    path = SHARED / "data" / "gemma2_tokenizer" / "tokenizer.model"
-    if not path.exists():
-        pytest.skip("the real Gemma 2 vocabulary is not at hand")
-    return path
+    return real_input("gemma2_tokenizer/tokenizer.model")
+
+
+def real_input(name: str) -> Path:
+    """A real file or folder; skips the test where nobody has said where it is."""
+    folder = os.environ.get(REAL)
+    if not folder or not (Path(folder) / name).exists():
+        pytest.skip(f"{REAL} is not a folder with {name}")
+    return Path(folder) / name
+
+
+# --- measured differences -------------------------------------------------------------------------
+
+class Measurements:
+    """Differences held to their bars; of each row of the table the worst is kept.
+
+    Called as `measure(what, against, value, bar)`, it asserts a finite value <= bar.
+    What is measured many times under the same `what`, `against` and `bar`, over shapes or seeds,
+    is one row: name rows so coarsely that the README's table stays short.
+
+        what      the quantity, its unit and its dtype: "logits, float32, Gemma 2"
+        against   the other side: "transformers", "peft", "minilora, unmerged"
+        value     grows with what is wrong: a difference as a share of the largest logit or norm
+                  (`difference`), the number of ids that differ; 0 where it must be the same bits
+        bar       what it may be at most; state it where it is used, as a plain number
+    """
+
+    def __init__(self) -> None:
+        self.worst: dict[tuple[str, str, float], float] = {}
+
+    def __call__(self, what: str, against: str, value: float, bar: float) -> None:
+        row, value = (what, against, float(bar)), float(value)
+        if value > self.worst.setdefault(row, value) or math.isnan(value):  # a NaN stays
+            self.worst[row] = value
+        assert math.isfinite(value) and value <= bar, (
+            f"{what}, against {against}: {value:.3g}, more than {bar:g}")
+
+    def table(self) -> str:
+        """A Markdown table, its rows in the order in which they were first measured."""
+        lines = ["| what | against | measured | bar |", "| --- | --- | --- | --- |"]
+        lines += [f"| {what} | {against} | {value:.2g} | {bar:g} |"
+                  for (what, against, bar), value in self.worst.items()]
+        return "\n".join(lines)
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest number on the other side."""
+    return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+_MEASURED = pytest.StashKey[Measurements]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--table", action="store_true",
+                     help="print what was measured as a Markdown table; the README's is that of "
+                          "pytest tests/test_parity.py --table")
+
+
+@pytest.fixture
+def measure(pytestconfig) -> Measurements:
+    """`measure(what, against, value, bar)` asserts value <= bar and keeps it for `--table`."""
+    return pytestconfig.stash.setdefault(_MEASURED, Measurements())
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    if not config.getoption("table") or _MEASURED not in config.stash:
+        return
+    terminalreporter.section("measured")
+    terminalreporter.write_line(config.stash[_MEASURED].table())
+    packages = ("torch", "transformers", "peft")
+    installed = {dist.name for dist in importlib.metadata.distributions()}
+    terminalreporter.write_line("\n" + ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in packages if name in installed))

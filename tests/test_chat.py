@@ -1,11 +1,13 @@
 """chat.py: ids and kinds in one pass, calls read back exactly, a template that says the same."""
 
+import dataclasses
 import functools
 import itertools
 import json
 import re
 
 import pytest
+from conftest import real_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer_model
@@ -45,8 +47,8 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def gemma2_tokenizer(gemma2_tokenizer_model) -> Tokenizer:
-    return load(gemma2_tokenizer_model)
+def gemma2_tokenizer() -> Tokenizer:
+    return load(real_input("gemma2_tokenizer/tokenizer.model"))
 
 
 WEATHER = {"type": "function", "function": {
@@ -152,8 +154,13 @@ json_values = st.recursive(
     max_leaves=8)
 arguments = st.dictionaries(st.text() | st.just("</tool_call>"), json_values, max_size=4)
 calls = st.builds(ToolCall, st.text(min_size=1), arguments)
-# Mostly what texts are made of where layouts go wrong: white space at the ends, quotes, tags.
-texts = st.text(st.sampled_from("\n\n \t\"'{}<ab▁é\u2028\U0001f600"), max_size=12) | st.text()
+# Mostly what texts are made of where layouts go wrong: white space at the ends, quotes, tags, these
+# whole or in parts that a neighbouring text may complete.
+tags = st.lists(st.sampled_from([
+    "<end_of_turn>", "<start_of", "_turn>", "user\n", "model\n", "<bos>", "<unused0>", "<tool",
+    "_call>", "</", "[TOOL", "_CALLS]", "<think>", "think>"]), max_size=6).map("".join)
+texts = (st.text(st.sampled_from("\n\n \t\"'{}<ab▁é\u2028\U0001f600"), max_size=12) | tags
+         | st.text())
 replies = st.builds(Message, st.just("assistant"), texts, texts,
                     st.lists(calls, max_size=2).map(tuple))
 results = st.builds(Message, st.just("tool"), texts, name=st.none(),
@@ -200,6 +207,33 @@ def test_text_never_becomes_a_control_token(tokenizer, dialect):
         return [ids.count(tokenizer.token_id(token)) for token in control]
 
     assert count(attack) == count("harmless")
+
+
+@BOTH
+@LAW
+@given(conversation=conversations())
+def test_control_tokens_are_those_of_the_layout(tokenizer, dialect, conversation):
+    """They are the same whatever the texts spell, alone or together with their neighbours."""
+    control = set(tokenizer._ids.values())
+    found, expected = (
+        [i for i in render(each, tokenizer, dialect).ids if i in control]
+        for each in (conversation, rewritten(conversation, lambda text: re.sub(r"\S", "x", text))))
+    assert found == expected
+
+
+def rewritten(value, rewrite):
+    """A conversation, or a value in one, with every text rewritten."""
+    if isinstance(value, str):
+        return rewrite(value)
+    if isinstance(value, dict):
+        return {rewrite(key): rewritten(item, rewrite) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(rewritten(item, rewrite) for item in value)
+    if dataclasses.is_dataclass(value):
+        fields = {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}
+        return type(value)(**{name: item if name == "role" else rewritten(item, rewrite)
+                              for name, item in fields.items()})
+    return value
 
 
 @BOTH
@@ -369,8 +403,9 @@ def test_strict_json():
 
 # --- the chat template ----------------------------------------------------------------------------
 
-def openai(conversation) -> list[dict]:
-    """The messages as OpenAI's API has them, arguments as objects."""
+def openai(conversation, as_text=False) -> list[dict]:
+    """The messages as OpenAI's API has them, arguments as objects or `as_text`."""
+    arguments = dump_json if as_text else lambda value: value
     rows = []
     for message in conversation.messages:
         row = {"role": message.role, "content": message.content}
@@ -378,7 +413,8 @@ def openai(conversation) -> list[dict]:
             row["reasoning_content"] = message.thinking
         if message.tool_calls:
             row["tool_calls"] = [
-                {"type": "function", "function": {"name": call.name, "arguments": call.arguments},
+                {"type": "function",
+                 "function": {"name": call.name, "arguments": arguments(call.arguments)},
                  **({"id": call.id} if call.id else {})} for call in message.tool_calls]
         if message.tool_call_id:
             row["tool_call_id"] = message.tool_call_id
@@ -438,16 +474,49 @@ def test_transformers_renders_the_template(tokenizer, dialect):
     assert rendered[0] == tokenizer.decode(render(FULL, tokenizer, dialect, generate=True).ids)
 
 
+EXPORTS = [(which, dialect) for which in ("tiny", "gemma2") for dialect in DIALECTS]
+
+
+@pytest.fixture(scope="module", params=EXPORTS, ids="-".join)
+def export(request, tmp_path_factory):
+    """An export's tokenizer, its dialect, transformers' reading of it, and what texts may not hold.
+
+    A text that spells a control token or has a U+2581 is another text to transformers, and it cuts
+    a run of spaces that is longer than the longest piece otherwise.
+    """
+    transformers = pytest.importorskip("transformers")
+    which, dialect = request.param
+    model = (make_tokenizer_model(tmp_path_factory.mktemp("base")) if which == "tiny"
+             else real_input("gemma2_tokenizer/tokenizer.model"))
+    tokenizer, folder = Tokenizer.load(model.parent), tmp_path_factory.mktemp("export")
+    tokenizer.add_tokens(DIALECTS[dialect].tokens)
+    tokenizer.save(folder, chat_template(dialect))
+    tokens = "|".join(map(re.escape, sorted(tokenizer._ids, key=len, reverse=True)))
+    foreign = re.compile(rf"{tokens}|▁| {{{5 if which == 'tiny' else 32},}}")
+    return tokenizer, dialect, transformers.AutoTokenizer.from_pretrained(folder), foreign
+
+
+@LAW
+@given(conversation=conversations(), generate=st.booleans(), as_text=st.booleans())
+def test_transformers_renders_an_export_to_the_same_ids(export, conversation, generate, as_text):
+    tokenizer, dialect, theirs, foreign = export
+    conversation = rewritten(conversation, lambda text: foreign.sub("×", text))
+    ids = theirs.apply_chat_template(openai(conversation, as_text), tools=list(conversation.tools),
+                                     add_generation_prompt=generate, return_dict=True)["input_ids"]
+    assert ids == render(conversation, tokenizer, dialect, generate).ids
+
+
 @BOTH
-def test_ids_are_those_of_the_template_text(tokenizer, gemma2_tokenizer, dialect):
+@pytest.mark.parametrize("which", ["tokenizer", "gemma2_tokenizer"])
+def test_ids_are_those_of_the_template_text(request, which, dialect):
     """A tokenizer that cuts the text at control tokens and encodes the rest gets the same ids."""
-    for each in (tokenizer, gemma2_tokenizer):
-        control = ["<bos>", "<start_of_turn>", "<end_of_turn>", *DIALECTS[dialect].tokens]
-        pattern = "(" + "|".join(map(re.escape, control)) + ")"
-        ids = []
-        for n, part in enumerate(re.split(pattern, jinja(dialect)(openai(FULL), tools=FULL.tools))):
-            ids += [each.token_id(part)] if n % 2 else each.encode(part)
-        assert render(FULL, each, dialect).ids == ids
+    tokenizer = request.getfixturevalue(which)
+    control = ["<bos>", "<start_of_turn>", "<end_of_turn>", *DIALECTS[dialect].tokens]
+    pattern = "(" + "|".join(map(re.escape, control)) + ")"
+    ids = []
+    for n, part in enumerate(re.split(pattern, jinja(dialect)(openai(FULL), tools=FULL.tools))):
+        ids += [tokenizer.token_id(part)] if n % 2 else tokenizer.encode(part)
+    assert render(FULL, tokenizer, dialect).ids == ids
 
 
 def test_mistral_blocks_are_those_of_mistral_common():

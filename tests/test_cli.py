@@ -18,7 +18,9 @@ import pytest
 import torch
 from conftest import NANO
 from safetensors.torch import load_file, save_file
+from test_hub import FakeHub
 
+from minilora import hub
 from minilora.__main__ import main as minilora
 from minilora.report import read_metrics, run_command
 
@@ -128,7 +130,13 @@ def test_the_default_run_is_the_recipe(call, tmp_path):
     run = tmp_path / result["out"]
     names = {path.name for path in run.iterdir()}
     assert names == {"adapter", "merged", "checkpoints", "metrics.jsonl", "config.json",
-                     "curve.png"}
+                     "result.json", "curve.png"}
+    assert json.loads((run / "result.json").read_text()) == result
+    for name, library in (("adapter", "peft"), ("merged", "transformers")):
+        card = (run / name / "README.md").read_text()
+        assert f"library_name: {library}" in card and str(tmp_path) not in card
+        assert f"train.jsonl: {result['conversations']} conversations" in card
+        assert "(few.jsonl)" in card and f"| {result['after']:.3f} (95 %" in card
     assert [record["step"] for record in read_metrics(run / "metrics.jsonl")] == [1, 2]
     assert "trains" in error and "memory" in error and "tokens" in error
     out = call(f"python train.py --json --steps 1 --eval-calls 1 {less}")[1]
@@ -154,6 +162,91 @@ def test_train_infer_eval_merge_agree(call, tmp_path):
     evals = [call(f"{line} {which}") for which in ("--adapter runs/calls", "--model merged")]
     assert evals[0][0] == 0 and evals[0][1] == evals[1][1]
     assert len(evals[0][1].splitlines()) == 31
+
+
+def test_merge_checks_what_it_wrote(call, tmp_path):
+    """In float32 within 1e-5, in bfloat16 told; the pair of --extended-base likewise."""
+    write_rows(tmp_path / "calls.jsonl", rows(12))
+    assert call(train())[0] == 0
+    merge = "python -m minilora merge --adapter runs/calls --check calls.jsonl"
+    facts = {}
+    for name, more in (("float32", ""), ("bfloat16", "--dtype bfloat16 --length 250"),
+                       ("pair", "--extended-base")):
+        status, out, error = call(f"{merge} --out {name} {more} --json")
+        assert status == 0, error
+        facts[name] = json.loads(out)["check"]
+    status, out, _ = call("python -m minilora validate calls.jsonl --json")
+    assert facts["float32"]["tokens"] == facts["pair"]["tokens"] == json.loads(out)["tokens"]
+    assert 0 < facts["bfloat16"]["tokens"] < facts["pair"]["tokens"]  # cut to --length
+    assert facts["bfloat16"]["within_1e-5"] is None
+    assert 0.5 < facts["bfloat16"]["argmax_agreement"] <= 1
+    for name in ("float32", "pair"):
+        assert facts[name]["within_1e-5"] is True and facts[name]["argmax_agreement"] == 1
+        assert facts[name]["largest_share"] == pytest.approx(
+            facts[name]["largest_change"] / facts[name]["largest_logit"])
+    status, out, error = call(f"{merge} --out float32")
+    assert status == 0 and "within 1e-5" in out and "NOT" not in out and "100.0" in out
+
+    card = (tmp_path / "float32/README.md").read_text()
+    assert "library_name: transformers" in card and "| `rank` | 2 |" in card
+    answers = [call(f'python infer.py --adapter {which} --json --max-new 12 "Hello!"')
+               for which in ("runs/calls", "pair/adapter")]
+    assert answers[0][0] == 0 and answers[0][1] == answers[1][1]
+    # Not into the run, whose adapter it would replace; and no data, no merge.
+    before = (tmp_path / "runs/calls/adapter/adapter_config.json").read_bytes()
+    status, _, error = call("python -m minilora merge --adapter runs/calls --out runs/calls "
+                            "--extended-base")
+    one_line(status, error, "runs/calls/adapter", "would be lost")
+    assert (tmp_path / "runs/calls/adapter/adapter_config.json").read_bytes() == before
+    status, _, error = call("python -m minilora merge --adapter runs/calls --out new "
+                            "--check nowhere.jsonl")
+    one_line(status, error, "nowhere.jsonl")
+    status, _, error = call("python -m minilora merge --adapter runs/calls --out new "
+                            "--check calls.jsonl --length 8")
+    one_line(status, error, "calls.jsonl", "is left")
+    assert not (tmp_path / "new").exists()
+
+
+def test_push_after_training_and_merging(call, tmp_path, monkeypatch):
+    """Refused before any work where it cannot succeed; where it fails after, nothing is lost."""
+    fake = FakeHub()
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "get_token", lambda: None)
+    write_rows(tmp_path / "calls.jsonl", rows(10))
+    for words, told in (("--push Ann/calls", "no token"), ("--push calls", "org/name"),
+                        ("--public", "--push")):
+        status, _, error = call(train(words))
+        one_line(status, error, told)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_secret")
+    nano_copy(tmp_path / "base")
+    status, _, error = call(train("--push Ann/calls --model base"))
+    one_line(status, error, "hub id")
+    assert not (tmp_path / "runs").exists()
+
+    monkeypatch.setattr(fake, "upload_folder", lambda **_: 1 / 0)
+    status, out, error = call(train("--push Ann/calls --json"))
+    one_line(status, error, "division by zero", "hf upload Ann/calls runs/calls/adapter .")
+    assert json.loads(out)["steps"] == 3
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "HfApi", lambda: fake)
+    monkeypatch.setattr(hub, "get_token", lambda: "hf_secret")
+    status, out, error = call("python train.py --resume runs/calls --push Ann/calls")
+    assert status == 0 and "https://hub.test/Ann/calls" in error
+    merge = "python -m minilora merge --adapter runs/calls --out merged"
+    status, _, error = call(f"{merge} --push team/calls --public")
+    assert status == 0 and fake.repos == {"Ann/calls": True, "team/calls": False}
+    for repo, folder in (("Ann/calls", "runs/calls/adapter"), ("team/calls", "merged")):
+        assert fake.files[repo] == {path.name: path.read_bytes()
+                                    for path in (tmp_path / folder).iterdir()}
+        assert "README.md" in fake.files[repo]
+        assert not any(str(tmp_path).encode() in each for each in fake.files[repo].values())
+    status, _, error = call(f"{merge} --push team/calls --extended-base")
+    one_line(status, error, "--extended-base")
+    with interrupted_at(1, monkeypatch):
+        status, _, error = call(train("--push Ann/calls --public", "parts"))
+    assert status == 0 and "train.py --resume parts --push Ann/calls --public" in error
+    assert "pushed" not in error
 
 
 def test_a_chat_on_standard_input(tmp_path):

@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import LAW, SHARED, TOOL, load_tokenizer
+from conftest import LAW, TOOL, load_tokenizer, real_input
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -285,9 +285,7 @@ def test_collate_pads_with_what_is_never_seen():
 # --- real data ------------------------------------------------------------------------------------
 
 def test_the_glaive_file_reads_whole(gemma2_tokenizer_model):
-    path = SHARED / "data" / "glaive_toolcall_en_250.json"
-    if not path.exists():
-        pytest.skip("the glaive file is not at hand")
+    path = real_input("glaive_toolcall_en_250.json")
     notices = []
     found = read_conversations(path, on_notice=notices.append)
     rows = json.loads(path.read_text(encoding="utf-8"))

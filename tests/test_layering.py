@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "files", "lora", "embedding", "attention", "model", "weights", "tokenizer",
          "chat", "readers", "data", "loss", "trainer", "checkpoint", "state", "generate", "tools",
-         "evaluate", "report", "__main__")
+         "evaluate", "report", "hub", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 

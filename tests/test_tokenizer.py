@@ -1,7 +1,9 @@
 """Tokenizer: text comes back and is never a control token; new tokens keep their ids."""
 
+import functools
 import itertools
 import json
+import re
 import shutil
 
 import huggingface_hub
@@ -21,7 +23,8 @@ BOUNDED = settings(max_examples=200, deadline=None, derandomize=True)
 TAGS = ["<pad>", "<eos>", "<bos>", "<unk>", *SPECIALS, *TURNS, *TOOLS, "[toxicity=0]", "<unused99>"]
 ODD = ["▁", " ", "  ", "\n", "\n\n\n", "\t", "\0", "<", ">", "<0x41>", "<b>", "</table>", "é",
        "e\u0301", "ﬁ", "①", "\u200b", "\ufeff", "\r\n", "𝕏", "👩\u200d👧", "\U0010ffff", "[PAD512]",
-       "<end_of", "_turn>", "<<end_of_turn>>", "end_of_turn", '{"name": "get_weather"}', "1234"]
+       "<end_of", "<start_of", "_turn>", "<<end_of_turn>>", "end_of_turn", "<tool", "_call>", "</",
+       "[TOOL", "_CALLS]", "<un", "used0>", "<h1>", '{"name": "get_weather"}', "1234", "\ufffd"]
 TEXTS = st.lists(st.one_of(st.sampled_from(TAGS), st.sampled_from(ODD), st.text(max_size=6)),
                  max_size=8).map("".join)
 
@@ -32,6 +35,19 @@ def refusal(call, *args, **kwargs):
         call(*args, **kwargs)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def pieces_of(tokens, text):
+    """`text` cut into (string, whether it is one of `tokens`), the longest token first."""
+    longest = "|".join(map(re.escape, sorted(tokens, key=len, reverse=True)))
+    return [(part, n % 2 == 1) for n, part in enumerate(re.split(f"({longest})", text))]
+
+
+def matched(tokenizer, text, tokens=None):
+    """The ids of a reader that does match control and new tokens (or `tokens`) in a text."""
+    parts = pieces_of(tokenizer._ids if tokens is None else tokens, text)
+    return [i for part, token in parts
+            for i in ([tokenizer.token_id(part)] if token else tokenizer.encode(part))]
 
 
 @pytest.fixture(scope="module")
@@ -129,12 +145,53 @@ def test_nor_a_new_token_and_ids_do_not_depend_on_new_tokens(old, grown, reloade
     assert not named_ids(reloaded).intersection(ids)
 
 
+def check_plain(base, plain, text):
+    """The laws of a text that spells no control token: it comes back, with SentencePiece's ids."""
+    ids = base.encode(text)
+    assert base.decode(ids) == text
+    assert not named_ids(base).intersection(ids)
+    assert ids == [i for n, part in enumerate(text.split("▁"))
+                   for i in [*(block(plain) if n else []), *plain.encode(part)]]
+
+
+def block(plain):
+    """The bytes of U+2581, which SentencePiece would take for a space."""
+    return [plain.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
+
+
 @BOUNDED
 @given(text=TEXTS)
 def test_other_text_is_what_sentencepiece_makes_of_it(base, plain, text):
-    text = text.replace("▁", "")
     assume(not any(tag in text for tag in base._ids))
-    assert base.encode(text) == plain.encode(text)
+    check_plain(base, plain, text)
+
+
+@BOUNDED
+@given(data=st.data())
+def test_text_made_of_the_vocabulary_itself(base, plain, data):
+    """Whatever a model may write: pieces side by side, which often merge otherwise than they came.
+
+    Control tokens come as their strings, bytes as characters or as U+FFFD.
+    """
+    text = base.decode(data.draw(st.lists(st.integers(0, base.vocab_size - 1), max_size=30)))
+    assert base.decode(base.encode(text)) == text
+    for part, token in pieces_of(base._ids, text):
+        if not token:
+            check_plain(base, plain, part)
+
+
+def test_every_character_of_unicode(base, plain):
+    for start in range(0, 0x110000, 0x1000):
+        characters = [chr(c) for c in range(start, start + 0x1000) if not 0xD800 <= c < 0xE000]
+        check_plain(base, plain, "".join(characters))
+        check_plain(base, plain, " ".join(characters))
+
+
+@pytest.mark.parametrize("text", [" ", "\n", "\t", "\0", "▁", "<", "<b>", "a", "1", "ab ", " \n",
+                                  "é", "e\u0301", "𝕏", "\ufffd"])
+def test_long_runs(base, plain, text):
+    for count in (31, 32, 33, 1000, 30_000):
+        check_plain(base, plain, count * text)
 
 
 def test_sentencepiece_itself_would_end_the_turn(base, plain):
@@ -157,12 +214,6 @@ def test_the_real_vocabulary_has_these_control_tokens(gemma2_tokenizer_model):
         "<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "<2mass>", "[@BOS@]", *TURNS, "[toxicity=0]"}
     assert unused < tokenizer._ids.keys()
     assert tokenizer.vocab_size == 256000
-
-
-def test_every_character_of_one_byte_and_every_byte_piece(base):
-    text = "".join(map(chr, range(0x250)))
-    assert base.decode(base.encode(text)) == text
-    assert "".join(base.decode(base.encode(c)) for c in text) == text
 
 
 def test_a_block_goes_in_by_its_bytes(base):
@@ -318,13 +369,18 @@ def test_ids_between_the_pieces_and_an_added_token_are_placeholders(tiny_dir, tm
 
 
 def test_a_token_that_the_table_has_no_row_for_gives_way(tiny_dir, tmp_path):
-    tokenizer = Tokenizer.load(gemma3_like(tiny_dir, tmp_path / "base"))
+    base = gemma3_like(tiny_dir, tmp_path / "base")
+    config = json.loads((base / "tokenizer_config.json").read_text())
+    config["pan_token"] = {"__type": "AddedToken", "content": "<image_soft_token>"}
+    (base / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = Tokenizer.load(base)
     assert tokenizer.add_tokens(TOOLS[:2], first=512) == [512, 513]  # the text-only Gemma 3
     assert tokenizer.decode([512]) == "<tool_call>"
     assert "image" in refusal(tokenizer.token_id, "<image_soft_token>")
     tokenizer.save(tmp_path / "out")
     text = (tmp_path / "out" / "tokenizer_config.json").read_text()
     assert "<image_soft_token>" not in text and '"boi_token": "<unused9>"' in text
+    assert "pan_token" not in text
     assert Tokenizer.load(tmp_path / "out").new_tokens == {"<tool_call>": 512, "</tool_call>": 513}
 
 
@@ -342,8 +398,13 @@ def test_a_save_reads_back(grown, saved, reloaded):
 
 def test_a_second_save_writes_the_same(saved, reloaded, tmp_path):
     reloaded.save(tmp_path)
-    for path in saved.iterdir():
-        assert (tmp_path / path.name).read_bytes() == path.read_bytes(), path.name
+    assert_same_files(tmp_path, saved)
+
+
+def assert_same_files(folder, other):
+    assert {path.name for path in folder.iterdir()} == {path.name for path in other.iterdir()}
+    for path in other.iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_nothing_added_leaves_the_model_as_it_was(base, base_dir, tmp_path):
@@ -371,6 +432,22 @@ def test_sentencepiece_reads_the_saved_model(old_dir, grown, saved):
     for i in set(range(len(plain))) - set(grown.new_tokens.values()):
         assert model.id_to_piece(i) == plain.id_to_piece(i)
         assert model.get_score(i) == plain.get_score(i)
+
+
+@BOUNDED
+@given(text=TEXTS)
+def test_sentencepiece_matches_new_tokens_in_a_text_and_changes_nothing_else(grown, saved, text):
+    """A user-defined piece is found in any text; that only `encode` does otherwise is its point."""
+    model = saved_processor(saved)
+    text = text.replace("▁", "")
+    tokens = [token for token, i in grown._ids.items()
+              if not model.is_control(i) and not model.is_unknown(i)]
+    assert model.encode(text) == matched(grown, text, tokens)
+
+
+@functools.cache
+def saved_processor(folder):
+    return sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
 
 
 def test_the_saved_model_is_a_whole_message(grown, saved):
@@ -545,39 +622,145 @@ def test_transformers_makes_up_no_token_that_a_vocabulary_lacks(tmp_path):
     assert theirs.convert_tokens_to_ids("<end_of_turn>") == tokenizer.end_of_turn == 106
 
 
-@pytest.mark.parametrize("mode, first", [("append", None), ("append", 520), ("reserved", None)])
-@pytest.mark.parametrize("with_config", [True, False])
-def test_a_tokenizer_json_grows_too(tiny_dir, tmp_path, mode, first, with_config):
+def write_base(model, layout, folder):
+    """A base with the tokenizer.model at `model`, and the other files of a layout.
+
+    bare: none. five: as transformers 5 saves it, added tokens in tokenizer.json alone. alone: that,
+    less the tokenizer_config.json. hub: as the Gemmas on the hub have it, with the older files
+    beside. sparse: as the hub, but the only added tokens are the control pieces and the turn tags,
+    and these are not special.
+    """
     transformers = pytest.importorskip("transformers")
-    Tokenizer.load(tiny_dir).save(tmp_path / "plain")
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "plain")
-    theirs.save_pretrained(tmp_path / "base")
-    shutil.copy(tiny_dir / "tokenizer.model", tmp_path / "base")
-    if not with_config:  # transformers 5 leaves the added tokens to tokenizer.json
-        config = json.loads((tmp_path / "base" / "tokenizer_config.json").read_text())
-        assert "added_tokens_decoder" not in config
-        (tmp_path / "base" / "tokenizer_config.json").unlink()
-    assert (tmp_path / "base" / "tokenizer.json").exists()
-    tokenizer = Tokenizer.load(tmp_path / "base")
-    ids = tokenizer.add_tokens(TOOLS, mode, first)
-    for source, folder in itertools.pairwise(["base", "out", "again"]):
-        if source == "out":
-            tokenizer = Tokenizer.load(tmp_path / source)
-        tokenizer.save(tmp_path / folder)
-        assert (tmp_path / folder / "tokenizer.json").exists()
-        tokenizers = pytest.importorskip("tokenizers")
-        raw = tokenizers.Tokenizer.from_file(str(tmp_path / folder / "tokenizer.json"))
-        theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / folder)
-        assert len(theirs) == raw.get_vocab_size() == tokenizer.vocab_size
-        for token, i in zip(TOOLS, ids, strict=True):
-            assert theirs.convert_tokens_to_ids(token) == raw.token_to_id(token) == i
-            mixed = [*tokenizer.encode("a"), i, tokenizer.end_of_turn]
-            text = f"a{token}<end_of_turn>"
-            assert raw.encode(text, add_special_tokens=False).ids == mixed
-            assert theirs.encode(text, add_special_tokens=False) == mixed
-            assert theirs.decode(mixed, skip_special_tokens=True) == f"a{token}"
-        for text in PROMPTS:
-            assert theirs.encode(text, add_special_tokens=False) == tokenizer.encode(text)
+    folder.mkdir()
+    shutil.copy(model, folder)
+    if layout == "bare":
+        return folder
+    Tokenizer.load(folder).save(folder / "first")
+    transformers.AutoTokenizer.from_pretrained(folder / "first").save_pretrained(folder)
+    shutil.rmtree(folder / "first")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert "added_tokens_decoder" not in config
+    if layout in ("five", "alone"):
+        if layout == "alone":
+            (folder / "tokenizer_config.json").unlink()
+        return folder
+    raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    raw["model"]["merges"] = list(map(" ".join, raw["model"]["merges"]))
+    if layout == "sparse":
+        raw["added_tokens"] = [{**token, "special": token["id"] < 4}
+                               for token in raw["added_tokens"]
+                               if token["id"] < 4 or token["content"] in TURNS]
+    config = {key: config[key] for key in config if key.endswith("_token")} | {
+        "tokenizer_class": "GemmaTokenizer", "additional_special_tokens": TURNS,
+        "added_tokens_decoder": {token["id"]: {key: token[key] for key in token if key != "id"}
+                                 for token in raw["added_tokens"]}}
+    (folder / "tokenizer.json").write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "special_tokens_map.json").write_text(json.dumps({
+        "additional_special_tokens": TURNS, "bos_token": {"content": "<bos>", "lstrip": False}}))
+    (folder / "added_tokens.json").write_text("{}")
+    return folder
+
+
+EXPORTS = ["tiny bare append", "tiny bare gap", "tiny bare reserved",
+           "tiny five append", "tiny five gap", "tiny five reserved",
+           "tiny alone append", "tiny hub append", "tiny hub gap", "tiny hub reserved",
+           "tiny sparse append", "tiny sparse reserved", "gemma2 five append"]
+
+
+@pytest.fixture(scope="module", params=EXPORTS)
+def export(request, tmp_path_factory):
+    """An export: its tokenizer, its folder, and how often a space may be repeated in a text.
+
+    Longer runs of spaces than the longest piece are cut otherwise by transformers' tokenizers.
+    """
+    which, layout, way = request.param.split()
+    model = (request.getfixturevalue("tiny_dir") / "tokenizer.model" if which == "tiny"
+             else request.getfixturevalue("gemma2_tokenizer_model"))
+    folder = tmp_path_factory.mktemp("export")
+    tokenizer = Tokenizer.load(write_base(model, layout, folder / "base"))
+    tokenizer.add_tokens(TOOLS, "reserved" if way == "reserved" else "append",
+                         tokenizer.vocab_size + 5 if way == "gap" else None)
+    tokenizer.save(folder / "out")
+    return tokenizer, folder / "out", 4 if which == "tiny" else 31
+
+
+@pytest.fixture(scope="module")
+def theirs(export):
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(export[1])
+
+
+@pytest.fixture(scope="module")
+def readers(export, theirs):
+    """What reads the export: AutoTokenizer, and the tokenizers package where it has a file."""
+    _, folder, _ = export
+    readers = [(lambda text: theirs.encode(text, add_special_tokens=False), theirs.decode)]
+    if (folder / "tokenizer.json").exists():
+        raw = pytest.importorskip("tokenizers").Tokenizer.from_file(str(folder / "tokenizer.json"))
+        readers.append((lambda text: raw.encode(text, add_special_tokens=False).ids, raw.decode))
+    return readers
+
+
+@BOUNDED
+@given(text=TEXTS)
+def test_all_readers_of_an_export_agree(export, readers, text):
+    """They match control and new tokens in a text, and read a U+2581 as a space."""
+    tokenizer, _, spaces = export
+    text = re.sub(f" {{{spaces},}}", spaces * " ", text.replace("▁", ""))
+    ids = matched(tokenizer, text)
+    for encode, decode in readers:
+        assert encode(text) == ids
+        assert decode(ids, skip_special_tokens=False) == text
+        assert decode(ids, skip_special_tokens=True) == tokenizer.decode(ids, skip_control=True)
+
+
+def test_the_files_of_an_export_agree(export, theirs):
+    tokenizer, folder, _ = export
+    model = saved_processor(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    added = {int(i): token for i, token in config["added_tokens_decoder"].items()}
+    for token, i in tokenizer.new_tokens.items():
+        assert model.id_to_piece(i) == added[i]["content"] == token
+        assert added[i]["special"] is added[i]["normalized"] is False
+    assert all(model.id_to_piece(i) == token["content"] for i, token in added.items())
+    assert len(theirs) == tokenizer.vocab_size
+    names = {path.name for path in folder.iterdir()}
+    assert names - {"tokenizer.json"} == {"tokenizer.model", "tokenizer_config.json"}
+    if "tokenizer.json" in names:
+        raw = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        assert {token.pop("id"): token for token in raw["added_tokens"]} == added
+        assert sorted(raw["model"]["vocab"].values()) == list(range(tokenizer.vocab_size))
+
+
+@pytest.mark.parametrize("export", [each for each in EXPORTS if each[:4] == "tiny"], indirect=True)
+def test_an_export_is_a_base_that_is_exported_as_it_is(export, tmp_path):
+    _, folder, _ = export
+    tokenizer = Tokenizer.load(folder)
+    assert tokenizer.add_tokens(TOOLS) == list(tokenizer.new_tokens.values())
+    tokenizer.save(tmp_path)
+    assert_same_files(tmp_path, folder)
+
+
+@pytest.mark.parametrize("image_in_vocabulary", [True, False])
+def test_a_tokenizer_json_forgets_what_gives_way(tiny_dir, tmp_path, image_in_vocabulary):
+    """Two tokens after the table, of which one gets a successor."""
+    tokenizers = pytest.importorskip("tokenizers")
+    base = write_base(tiny_dir / "tokenizer.model", "five", tmp_path / "base")
+    raw = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    late = {"<image_soft_token>": 512, "<late>": 513}
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    raw["added_tokens"] += [{"id": i, "content": token, "special": True, **flags}
+                            for token, i in late.items()]
+    if image_in_vocabulary:
+        raw["model"]["vocab"] |= late
+    (base / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    tokenizer = Tokenizer.load(base)
+    assert tokenizer.vocab_size == 514
+    assert tokenizer.add_tokens(TOOLS[:1], first=512) == [512]
+    tokenizer.save(tmp_path / "out")
+    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert theirs.get_vocab_size() == 513 and theirs.id_to_token(512) == TOOLS[0]
+    assert [theirs.token_to_id(token) for token in late] == [None, None]
 
 
 @pytest.mark.parametrize("raw, expected", [
