@@ -167,6 +167,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # no step is left to finish
 
     # --- what is left behind
+    if state["step"] == steps:  # first of all, so that nothing that fails below loses the run
+        save_state(out / "checkpoints", steps, model, optimizer, state)
     save_adapter(model, tokenizer, out / "adapter", config.model, config.dialect)
     if not draw_curve(metrics, out / "curve.png"):
         say("note: curve.png is not drawn: matplotlib is missing (pip install matplotlib)")
@@ -175,7 +177,6 @@ def main() -> None:
             f"python train.py --resume {out}" + (f" --push {flags.push}" if flags.push else "")
             + (" --public" if flags.public else ""))
         return
-    save_state(out / "checkpoints", steps, model, optimizer, state)
     after = answer(model, tokenizer, asked, config, "after") if asked else Report(())
     if config.merge:
         export_merged(model, tokenizer, config.model, out / "merged", config.dialect)

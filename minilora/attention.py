@@ -50,7 +50,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float,
     return _CappedAttention.apply(q, k, v, mask.expand(B, -1, -1, -1), softcap).view(B, N, T, H)
 
 
-BLOCK = 64  # queries at a time: their scores stay in a CPU's cache
+BLOCK = 96  # queries at a time: their scores stay in a CPU's cache
 
 
 class _CappedAttention(torch.autograd.Function):

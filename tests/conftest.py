@@ -148,7 +148,7 @@ _MEASURED = pytest.StashKey[Measurements]()
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", action="store_true",
                      help="print what was measured as a Markdown table; the README's is that of "
-                          "pytest tests/test_parity.py --table")
+                          "pytest tests/test_parity.py tests/test_checkpoint.py --table")
 
 
 @pytest.fixture

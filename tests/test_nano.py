@@ -64,7 +64,7 @@ def test_every_second_held_out_question_has_a_phrasing_of_its_own():
         assert not set(pair[0]) & set(pair[1])
     rng = random.Random(make.SEED + 2)
     for _ in range(len(chats("train.jsonl"))):
-        world.conversation(rng, False, False)
+        world.conversation(rng, False, False, rng.randrange(1, 4))
     again = [world.conversation(rng, True, i % 2 == 1) for i in range(len(chats("held_out.jsonl")))]
     assert again == chats("held_out.jsonl")
 

@@ -302,13 +302,22 @@ def label(rng: random.Random, thing: str) -> str:
     return word if style < 0.75 else f"{word}_{noun(rng)}"
 
 
+def _shares_word(thing: str, others: list[str]) -> bool:
+    return any(word in other for other in others for word in thing.split())
+
+
+def _things(rng: random.Random, count: int, side: bool | None = None) -> list[str]:
+    """Topics of which none has a word of an earlier one in it."""
+    things: list[str] = []
+    while len(things) < count:
+        if not _shares_word(thing := pick_side(rng, topic_name, side), things):
+            things.append(thing)
+    return things
+
+
 def _boxes(rng: random.Random) -> Turns:
     """Boxes with labels: which one is for what is asked for, or none. Other talk comes between."""
-    things: list[str] = []
-    for _ in range(rng.choice((1, 2, 2, 3, 3, 4))):
-        thing = topic_name(rng)
-        if not any(word in other for other in things for word in thing.split()):
-            things.append(thing)
+    things = _things(rng, rng.choice((1, 2, 2, 3, 3, 4)))
     missing = topic_name(rng)
     kind = rng.choice(("box", "room", "shop", "boat", "book", "card"))
     labels = {thing: label(rng, thing) for thing in things}
@@ -318,8 +327,7 @@ def _boxes(rng: random.Random) -> Turns:
     turns: Turns = []
     for _ in range(rng.randrange(4, 8)):
         thing = rng.choice(things)
-        if rng.random() < 0.25 and not any(word in other for other in things
-                                           for word in missing.split()):
+        if rng.random() < 0.25 and not _shares_word(missing, things):
             thing = missing
         ask = rng.choice((f"Which {kind} is for the {thing}?", f"Where is the {thing}?",
                           f"{thing}?", f"Which {kind} for: "
@@ -331,22 +339,89 @@ def _boxes(rng: random.Random) -> Turns:
     return turns
 
 
+def _fields(rng: random.Random) -> list[tuple]:
+    """What a form asks for: mostly one to three slots, now and then none or four."""
+    while True:
+        stated = slots(rng) if (kind := rng.random()) < 0.86 else []
+        if kind > 0.93:
+            stated = slots(rng) + slots(rng)
+        if len({name for name, _, _ in stated}) == len(stated) <= 4:
+            return stated
+
+
+def _layout(rng: random.Random) -> tuple[str, str, str]:
+    """How a form writes a field: what joins name and value, the dress of its kind, what joins."""
+    pair = rng.choice((": ", ": ", " = ", " ", " - "))
+    shown = rng.choice((*["{name}{pair}{kind}"] * 3, "{name}{pair}({kind})", "{name}{pair}<{kind}>",
+                        "{name}{pair}type {kind}", '"{name}"{pair}"{kind}"', "{kind} {name}",
+                        "{name} ({kind})"))
+    return pair if "{pair}" in shown else ": ", shown, rng.choice((", ", "\n", "; "))
+
+
+def _filled(stated: list[tuple], pair: str, between: str) -> str:
+    """A form as it comes back: a string stands in quotes, a number does not."""
+    return between.join(f"{name}{pair}" + (f'"{value}"' if kind == "string" else str(value))
+                        for name, kind, value in stated) or "Nothing."
+
+
 def _form(rng: random.Random) -> Turns:
     """A request and a form: each field's kind is replaced by its value, a string's in quotes."""
     turns = []
     for _ in range(rng.randrange(1, 4)):
-        stated = slots(rng)
+        stated = _fields(rng)
         text = request(rng, topic_name(rng), rng.choice(VERBS), stated, rng.random() < 0.5)
-        pair, between = rng.choice((": ", " = ", " ", " - ")), rng.choice((", ", "\n", "; "))
+        pair, shown, between = _layout(rng)
         title = rng.choice(("Fill the form: ", "Form: ", "Fields: ", "Fill in: ", "Form:\n"))
-        empty = title + between.join(f"{name}{pair}{kind}" for name, kind, _ in stated)
-        filled = between.join(
-            f"{name}{pair}" + (f'"{value}"' if kind == "string" else str(value))
-            for name, kind, value in stated)
-        turns.append((f"{text}\n{empty}" if rng.random() < 0.5 else f"{empty}\n{text}", filled))
+        empty = title + (between.join(shown.format(name=name, pair=pair, kind=kind)
+                                      for name, kind, _ in stated) or "nothing")
+        turns.append((f"{text}\n{empty}" if rng.random() < 0.5 else f"{empty}\n{text}",
+                      _filled(stated, pair, between)))
         if rng.random() < 0.25:
             turns.append((rng.choice(("Which fields are there?", "Name the fields.")),
-                          f"{joined([name for name, _, _ in stated])}."))
+                          f"{joined([name for name, _, _ in stated] or ['nothing'])}."))
+    return turns
+
+
+def _papers(rng: random.Random) -> Turns:
+    """One to three titled forms on the table; then questions: which one, its fields, one field's
+    kind, and the filling in of one that the question names.
+    """
+    things = _things(rng, rng.choice((1, 1, 2, 2, 3)))
+    forms = {thing: (label(rng, thing), _fields(rng)) for thing in things}
+    pair, shown, between = _layout(rng)
+    head = rng.choice(("{label}: ", "{label}\n", "{label}, for the {thing}: ",
+                       "{label} ({thing})\n", '"{label}", the {thing}; '))
+    text = "\n".join(
+        head.format(label=title, thing=thing)
+        + (between.join(shown.format(name=name, pair=pair, kind=kind) for name, kind, _ in stated)
+           or "nothing")
+        for thing, (title, stated) in forms.items())
+    absent = topic_name(rng)
+    turns: Turns = []
+    for _ in range(rng.randrange(4, 9)):
+        thing = rng.choice(things)
+        title, stated = forms[thing]
+        # New values for the same fields, so that a form can be filled in again and again.
+        stated = [(name, kind, VALUES[kind](rng)) for name, kind, _ in stated]
+        style = rng.random()
+        if style < 0.5:
+            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
+            ask, answer = f"Fill {title}: {ask}", _filled(stated, pair, between)
+        elif style < 0.65:
+            fields = joined([name for name, _, _ in stated] or ["nothing"])
+            ask, answer = rng.choice((
+                (f"What does {title} ask for?", f"{title} asks for {fields}."),
+                (f"Fields of {title}?", f"{fields}.")))
+        elif style < 0.72 and stated:
+            name, kind, _ = rng.choice(stated)
+            ask, answer = f"Type of {name} in {title}?", kind
+        else:
+            if rng.random() < 0.2 and not _shares_word(absent, things):
+                thing, title, stated = absent, "None.", slots(rng)
+            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
+            ask = rng.choice((f"Which form is for the {thing}?", f"Which form for: {ask}"))
+            answer = title
+        turns.append((f"{text}\n{ask}" if not turns else ask, answer))
     return turns
 
 
@@ -366,7 +441,8 @@ def _retell(rng: random.Random) -> Turns:
     return turns
 
 
-LESSONS = ((_form, 38), (_boxes, 30), (_records, 15), (_echo, 8), (_chat, 5), (_retell, 4))
+LESSONS = ((_papers, 34), (_form, 24), (_boxes, 16), (_records, 12), (_echo, 6), (_chat, 4),
+           (_retell, 4))
 
 
 def lesson(rng: random.Random) -> Turns:
@@ -404,51 +480,55 @@ def _tool(rng: random.Random, side: bool, topic: str, verb: str, stated: list[tu
         "parameters": {"type": "object", "properties": properties, "required": list(properties)}}}
 
 
-def conversation(rng: random.Random, side: bool, fresh: bool) -> dict:
+def conversation(rng: random.Random, side: bool, fresh: bool, questions: int = 1) -> dict:
     """A chat with tools offered. `side`: held-out names and values; `fresh`: held-out phrasings.
 
-    Two in three ask for a tool and get it; the others need none, or one that is not offered. None
-    is longer than `LONGEST` characters of JSON, so that it fits rows of 400 tokens.
+    Two questions in three ask for a tool and get it; the others need none, or one that is not
+    offered. None is longer than `LONGEST` characters of JSON, and half as many for each further
+    question, so that four hundred tokens hold the one and two hundred each of the others.
     """
-    kind = rng.random()  # drawn once: a long one is replaced by one of its own kind
+    kinds = [rng.random() for _ in range(questions)]  # a chat too long is replaced by one like it
     while True:
-        chat = _conversation(rng, side, fresh, kind)
-        if len(json.dumps(chat)) <= LONGEST:
+        chat = _conversation(rng, side, fresh, kinds)
+        if len(json.dumps(chat)) <= LONGEST * (1 + questions) // 2:
             return chat
 
 
-LONGEST = 780
+LONGEST = 860
 
 
-def _conversation(rng: random.Random, side: bool, fresh: bool, kind: float) -> dict:
-    topics: list[str] = []
-    while len(topics) < rng.choices((1, 2, 3), (40, 40, 20))[0] + 1:
-        topic = pick_side(rng, topic_name, side)
-        if not any(word in other for other in topics for word in topic.split()):
-            topics.append(topic)
+def _conversation(rng: random.Random, side: bool, fresh: bool, kinds: list[float]) -> dict:
+    topics = _things(rng, rng.choices((2, 3, 4), (50, 40, 10))[0], side)
     missing, *topics = topics
-    wanted = [(topic, rng.choice(VERBS), slots(rng, side) if rng.random() < 0.93 else [])
+    wanted = [(topic, rng.choice(VERBS), slots(rng, side) if rng.random() < 0.9 else [])
               for topic in topics]
     tools = [_tool(rng, side, *want) for want in wanted]
-    index = rng.randrange(len(tools))
-    topic, verb, stated = wanted[index]
-    verb = verb if rng.random() < 0.6 else rng.choice(VERBS)
-    if kind < 0.67:
-        messages = _called(rng, tools[index]["function"]["name"], stated,
-                           request(rng, topic, verb, stated, fresh))
-    else:
-        if kind < 0.83:  # a near miss: a request like any other, for what no tool is about
+    messages: list[dict] = []
+    for number, need in enumerate(kinds, 1):
+        index = rng.randrange(len(tools))
+        topic, verb, stated = wanted[index]
+        verb = verb if rng.random() < 0.6 else rng.choice(VERBS)
+        # New values for its fields each time.
+        stated = [(field, kind, pick_side(rng, VALUES[kind], side)) for field, kind, _ in stated]
+        if need < 0.67:
+            messages += _called(rng, tools[index]["function"]["name"], stated,
+                                request(rng, topic, verb, stated, fresh),
+                                number < len(kinds) or rng.random() < 0.6)
+            continue
+        if need < 0.83:  # a near miss: a request like any other, for what no tool is about
             question = request(rng, missing, rng.choice(VERBS), slots(rng, side), fresh)
             answer = f"Sorry, I have no tool for the {missing}."
         else:
             question, answer = plain_question(rng, fresh)
-        messages = [{"role": "user", "content": question},
-                    {"role": "assistant", "reasoning_content": "No tool fits.", "content": answer}]
+        messages += [{"role": "user", "content": question},
+                     {"role": "assistant", "reasoning_content": "No tool fits.",
+                      "content": answer}]
     return {"tools": tools, "messages": messages}
 
 
-def _called(rng: random.Random, name: str, stated: list[tuple], question: str) -> list[dict]:
-    """Question, thought and call; in six of ten also the result and the answer it leads to."""
+def _called(rng: random.Random, name: str, stated: list[tuple], question: str,
+            answered: bool) -> list[dict]:
+    """Question, thought and call; where it is answered also the result and what is said of it."""
     arguments = {field: value for field, _, value in stated}
     messages = [
         {"role": "user", "content": question},
@@ -456,7 +536,7 @@ def _called(rng: random.Random, name: str, stated: list[tuple], question: str) -
          "reasoning_content": f"{name} takes {joined(list(arguments) or ['nothing'])}.",
          "tool_calls": [{"type": "function",
                          "function": {"name": name, "arguments": arguments}}]}]
-    if rng.random() < 0.6:
+    if answered:
         result = {noun(rng): VALUES[rng.choice(tuple(VALUES))](rng)
                   for _ in range(rng.choice((1, 1, 2)))}
         messages += [
