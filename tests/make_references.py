@@ -12,6 +12,7 @@ tensors some columns are enough to tell.
 import copy
 import functools
 import sys
+import tempfile
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -231,7 +232,43 @@ def training() -> dict[str, Tensor]:
     return tensors
 
 
-GROUPS = {group.__name__: group for group in (logits, bfloat16, training)}
+# Adapters as peft writes them: what LoraConfig is told.
+PEFT_ADAPTERS = {
+    "rows": dict(target_modules=["q_proj"], trainable_token_indices=[30, 9]),
+    "rsLoRA": dict(target_modules=["v_proj", "down_proj"], use_rslora=True,
+                   layers_to_transform=[1, 3]),
+    "DoRA, patterns": dict(target_modules=["o_proj", "up_proj"], use_dora=True,
+                           rank_pattern={"o_proj": 2}, alpha_pattern={r"layers\.2\..*": 7}),
+}
+
+
+def interop() -> dict[str, Tensor]:
+    """Files of peft's adapters on the tiny Gemma 2, byte for byte, and some columns of its logits.
+
+    Keys: `case/adapter_config.json`, `case/adapter_model.safetensors` (uint8) and `case/logits`.
+    """
+    import peft
+
+    tensors = {}
+    for case, settings in PEFT_ADAPTERS.items():
+        theirs = peft.get_peft_model(
+            transformers_model(tiny_model("gemma2"), "gemma2"),
+            peft.LoraConfig(task_type="CAUSAL_LM", r=3, lora_alpha=5, **settings)).eval()
+        torch.manual_seed(2)
+        with torch.no_grad():
+            for name, parameter in theirs.named_parameters():
+                if any(key in name for key in ("lora_B", "tokens_delta", "magnitude")):
+                    parameter += 0.2 * torch.randn(parameter.shape)
+            tensors[f"{case}/logits"] = theirs(reference_ids()).logits[..., COLUMNS]
+        with tempfile.TemporaryDirectory() as folder:
+            theirs.save_pretrained(folder, save_embedding_layers=False)
+            for file in ("adapter_config.json", "adapter_model.safetensors"):
+                content = bytearray((Path(folder) / file).read_bytes())
+                tensors[f"{case}/{file}"] = torch.frombuffer(content, dtype=torch.uint8)
+    return tensors
+
+
+GROUPS = {group.__name__: group for group in (logits, bfloat16, training, interop)}
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import difference, tiny_model, tiny_raw
+from make_references import COLUMNS, PEFT_ADAPTERS, reference_ids, stored
 from safetensors.torch import load_file, save_file
 from tiny_tokenizer import make_tokenizer_model
 
@@ -354,6 +355,20 @@ def test_minilora_reads_what_peft_writes(base, tmp_path, rows, settings, measure
     again, tokenizer = fresh(base)
     load_adapter(again, tokenizer, tmp_path / "b")
     assert torch.equal(logits(again.eval(), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("case", PEFT_ADAPTERS)
+def test_minilora_reads_what_peft_once_wrote(base, tmp_path, case, measure):
+    """The same where peft is not installed: its files and its logits, stored."""
+    files = stored("interop")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / file).write_bytes(files[f"{case}/{file}"].numpy().tobytes())
+    model, tokenizer = fresh(base)
+    load_adapter(model, tokenizer, tmp_path)
+    got = logits(model.eval(), reference_ids())[..., COLUMNS]
+    assert difference(logits(fresh(base)[0], reference_ids())[..., COLUMNS], got) > 0.01
+    measure("logits, float32, adapters that peft wrote", "peft",
+            difference(got, files[f"{case}/logits"]), 1e-4)
 
 
 @pytest.mark.parametrize("convert", [False, True])
