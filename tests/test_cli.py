@@ -436,3 +436,13 @@ def test_no_traceback_from_a_real_process(tmp_path):
     assert done.stderr.strip().splitlines() == [
         "error: rank is 0; LoRA needs at least 1 (try --rank 16)"]
     assert not done.stdout
+
+
+def test_the_command_that_prints_the_readme_s_table():
+    """On a part of it: the whole is what the suite runs."""
+    command = re.search(r"`pytest (tests/test_parity.py .*) --table`", README)
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *command[1].split(), "--table",
+                           "-k", "test_merged_equals_unmerged"], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stdout
+    assert "| logits, float32, merged | minilora, unmerged |" in done.stdout
