@@ -41,10 +41,10 @@ from minilora.weights import checkpoint_name, load_model, locate
 SHARD_BYTES = 4 * 10**9  # most bytes of one file of a merged model
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "minilora.json", "README.md",
-                  *TOKENIZER_FILES)
+                 *TOKENIZER_FILES)
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors",
-                "model.safetensors.index.json", "model-*-of-*.safetensors", "README.md",
-                *TOKENIZER_FILES)
+               "model.safetensors.index.json", "model-*-of-*.safetensors", "README.md",
+               *TOKENIZER_FILES)
 
 
 # --- the base -------------------------------------------------------------------------------------

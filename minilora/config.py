@@ -201,7 +201,8 @@ def _rope(raw: dict, family: str, source: str) -> dict[str, float]:
     kind = whole.get("rope_type") or whole.get("type")
     local_kind = local.get("rope_type", "default")
     # Only Gemma 3 stretches its positions, and only on global layers.
-    if kind not in ("default", "linear")[:1 + (family == "gemma3_text")] or local_kind != "default":
+    known = ("default", "linear") if family == "gemma3_text" else ("default",)
+    if kind not in known or local_kind != "default":
         odd = kind if local_kind == "default" else local_kind
         raise UserError(f"{source}: rope_type is {odd!r}; published Gemmas use default, and Gemma "
                         "3 linear on its global layers")

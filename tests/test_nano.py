@@ -128,8 +128,8 @@ def test_pretraining_rows_train_what_the_model_says():
         assert "user\n" not in said and "model\n" not in said and "<end_of_turn>" in said
 
 
-def test_the_base_chats_and_does_not_call():
-    """Small talk is right; asked with a tool on offer, it does not call it."""
+def test_the_base_chats():
+    """Small talk, an opposite and an echo are right, to the letter."""
     model, tokenizer = load_model("nano"), Tokenizer.load("nano")
     asks = {"What is the opposite of hot?": "Cold.", "Thank you.": "You are welcome.",
             "Say Zorbak": "Zorbak"}

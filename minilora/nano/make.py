@@ -186,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=8000, help="pre-training steps")
+    parser.add_argument("--steps", type=int, default=14000, help="pre-training steps")
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
     parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
