@@ -26,6 +26,7 @@ from tqdm import tqdm
 from minilora.config import GemmaConfig
 from minilora.model import Gemma
 from minilora.nano.world import SIGNS, conversation, lesson
+from minilora.weights import load_model
 
 PAD, EOS, BOS, START, END = 0, 1, 2, 106, 107  # as in Gemma's own vocabulary
 SEED = 0
@@ -66,9 +67,9 @@ def train_vocabulary(seed: int) -> bytes:
     return model.getvalue()
 
 
-def rows(pieces: sentencepiece.SentencePieceProcessor, rng: random.Random, length: int,
-         ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless rows of ids and targets (-100 where the user speaks), each [length].
+def rows(pieces: sentencepiece.SentencePieceProcessor, rng: random.Random, number: int,
+         length: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Endless rows of ids and targets (-100 where the user speaks), each [length], of a round.
 
     A row is one long chat, lesson after lesson, so that whatever is asked for must be found among
     much that is not.
@@ -78,7 +79,7 @@ def rows(pieces: sentencepiece.SentencePieceProcessor, rng: random.Random, lengt
     while True:
         ids, targets = [BOS], [-100]
         while len(ids) <= length:
-            for ask, answer in lesson(rng):
+            for ask, answer in lesson(rng, number):
                 prompt = [START, *opening, *pieces.encode(ask), END, *newline,
                           START, *reply_opening]
                 reply = [*pieces.encode(answer), END]
@@ -87,9 +88,11 @@ def rows(pieces: sentencepiece.SentencePieceProcessor, rng: random.Random, lengt
         yield torch.tensor(ids[:length]), torch.tensor(targets[1:length + 1])
 
 
-def pretrain(model: Gemma, vocabulary: bytes, steps: int, batch: int, length: int, seed: int,
-             peak: float, out: Path) -> dict:
-    """Trains the whole model on lessons: Muon on the matrices, AdamW on the rest. Returns the cost.
+def pretrain(model: Gemma, vocabulary: bytes, number: int, steps: int, batch: int, length: int,
+             seed: int, peak: float, out: Path) -> dict:
+    """Trains the whole model on a round of lessons: Muon on the matrices, AdamW on the rest.
+
+    Returns what it cost.
 
     Nine tenths of the steps run compiled, in bfloat16 products and without the soft-cap, which
     hardly acts on scores this small; the last tenth runs as the model will. A C++ compiler is
@@ -101,8 +104,8 @@ def pretrain(model: Gemma, vocabulary: bytes, steps: int, batch: int, length: in
     pieces = sentencepiece.SentencePieceProcessor(model_proto=vocabulary)
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     # Every second step has rows twice as long, so that distances beyond `length` are seen too.
-    rng = random.Random(f"{seed} {rank}")
-    short, long = rows(pieces, rng, length), rows(pieces, rng, 2 * length)
+    rng = random.Random(f"{seed + number} {rank}")
+    short, long = (rows(pieces, rng, number, tokens) for tokens in (length, 2 * length))
     model.requires_grad_(True)
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -111,6 +114,7 @@ def pretrain(model: Gemma, vocabulary: bytes, steps: int, batch: int, length: in
         torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0)]
     warmup, start, seen = max(1, steps // 100), time.perf_counter(), 0
     exact = steps - steps // 10  # from here on
+    torch.compiler.set_stance("default")
     for layer in model.layers:
         layer.self_attn.softcap = None
         layer.compile(dynamic=False)
@@ -144,8 +148,8 @@ def pretrain(model: Gemma, vocabulary: bytes, steps: int, batch: int, length: in
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
         if step % 500 == 499 and rank == 0:
             write_base(model, vocabulary, out)
-            print(json.dumps({"step": step + 1, "tokens": seen, "loss": round(loss.item(), 4),
-                              "seconds": round(time.perf_counter() - start)}), flush=True)
+            print(json.dumps({"round": number + 1, "step": step + 1, "tokens": seen,
+                              "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - start)}), flush=True)
     return {"steps": steps, "tokens": seen, "final_loss": round(loss.item(), 4),
             "minutes": round((time.perf_counter() - start) / 60, 1), "processes": world,
             "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -186,10 +190,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--steps", type=int, default=14000, help="pre-training steps")
+    parser.add_argument("--steps", type=int, nargs=2, default=(14000, 12000),
+                        help="pre-training steps of the two rounds; 0 for the first: goes on from "
+                             "the base that is in --out")
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
-    parser.add_argument("--lr", type=float, default=4e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, nargs=2, default=(4e-3, 2.5e-3),
+                        help="peak learning rate of either round")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--train", type=int, default=5000, help="conversations to train LoRA on")
     parser.add_argument("--held", type=int, default=240, help="held-out conversations")
@@ -201,19 +208,24 @@ def main() -> None:
     write_data(flags.out, flags.seed, flags.train, flags.held)
     if flags.data_only:
         return
-    vocabulary = train_vocabulary(flags.seed)
     torch.manual_seed(flags.seed)
-    model = Gemma(GemmaConfig.from_dict(CONFIG))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                parameter.normal_(0.0, 0.02 if "embed" in name else parameter.shape[1] ** -0.5)
-    cost = pretrain(model, vocabulary, flags.steps, flags.batch, flags.length, flags.seed, flags.lr,
-                    flags.out)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    write_base(model, vocabulary, flags.out)
-    (flags.out / "made.json").write_text(json.dumps(cost, indent=2) + "\n")
+    if flags.steps[0]:
+        vocabulary, rounds = train_vocabulary(flags.seed), []
+        model = Gemma(GemmaConfig.from_dict(CONFIG))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0.0, 0.02 if "embed" in name else parameter.shape[1] ** -0.5)
+    else:
+        vocabulary = (flags.out / "tokenizer.model").read_bytes()
+        rounds = json.loads((flags.out / "made.json").read_text())[:1]
+        model = load_model(flags.out)
+    for number in range(len(rounds), 2):
+        rounds.append(pretrain(model, vocabulary, number, flags.steps[number], flags.batch,
+                               flags.length, flags.seed, flags.lr[number], flags.out))
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            write_base(model, vocabulary, flags.out)
+            (flags.out / "made.json").write_text(json.dumps(rounds, indent=2) + "\n")
 
 
 if __name__ == "__main__":

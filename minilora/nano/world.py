@@ -2,8 +2,8 @@
 
 Two kinds of text come from here, both drawn from a seed:
 
-    lesson(rng)          a plain chat: echoes, records, boxes, forms, sums, small talk. The base is
-                         pre-trained on these. No JSON object, no tag, no list of tools is in them.
+    lesson(rng, number)  a plain chat: echoes, records, boxes, forms, sums, small talk. The base is
+                         pre-trained on these, in two rounds. No JSON object, no tag, no list of tools is in them.
     conversation(rng, …) a chat with tools, calls and results in OpenAI's layout: LoRA's data.
 
 The world is made to force copying rather than remembering: half of all names are made up from
@@ -425,6 +425,63 @@ def _papers(rng: random.Random) -> Turns:
     return turns
 
 
+def _note(rng: random.Random) -> str:
+    """A few words that stand in the way."""
+    words = [rng.choice(ADJECTIVES) if rng.random() < 0.4 else noun(rng)
+             for _ in range(rng.randrange(1, 6))]
+    return " ".join(words)
+
+
+def _binders(rng: random.Random) -> Turns:
+    """Two to four titled forms, notes strewn among their fields: what each one asks for, found
+    from its title or from what it is for; and the filling in of one that the question names.
+    """
+    things = _things(rng, rng.choice((2, 2, 2, 3, 3, 4)))
+    forms = {thing: (label(rng, thing), _fields(rng)) for thing in things}
+    head = rng.choice(("{label}, {note}: ", "Form {label} ({note}) is for the {thing}. Fields: ",
+                       "{label}\n{note}\nThe {thing}.\n", "- {label}; {note}; the {thing}; ",
+                       '"{label}", "{note}", "the {thing}": ', "{label} / {note} / {thing} / "))
+    pair = rng.choice((": ", ": ", " = ", " "))
+    shown = rng.choice(("{name}{pair}{kind}", "{name}{pair}{kind} ({note})", "{name}{pair}<{kind}>",
+                        '"{name}"{pair}("{kind}")', "{name}{pair}kind {kind}, {note}",
+                        '"{name}"{pair}"kind"{pair}"{kind}"'))
+    between = rng.choice((", ", "; ", "\n"))
+    tail = rng.choice(("", "", ". {note}.", ". Needed: {names}.", ". Needed: {names}. {note}."))
+    text = "\n".join(
+        head.format(label=title, thing=thing, note=_note(rng))
+        + (between.join(shown.format(name=name, pair=pair, kind=kind, note=_note(rng))
+                        for name, kind, _ in stated) or "nothing")
+        + tail.format(note=_note(rng),
+                      names=joined([name for name, _, _ in stated] or ["nothing"], ", "))
+        for thing, (title, stated) in forms.items())
+    absent = topic_name(rng)
+    turns: Turns = []
+    for _ in range(rng.randrange(4, 10)):
+        thing = rng.choice(things)
+        title, stated = forms[thing]
+        stated = [(name, kind, VALUES[kind](rng)) for name, kind, _ in stated]
+        style = rng.random()
+        if style < 0.45:
+            ask = rng.choice((f"What does {title} ask for?", f"Fields of {title}?",
+                              f"What does the form for the {thing} ask for?",
+                              f"{spoken(thing)}: which fields?"))
+            answer = f"{title} asks for {joined([name for name, _, _ in stated] or ['nothing'])}."
+        elif style < 0.75:
+            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
+            ask, answer = f"Fill {title}: {ask}", _filled(stated, pair, between)
+        elif style < 0.83 and stated:
+            name, kind, _ = rng.choice(stated)
+            ask, answer = f"Type of {name} in {title}?", kind
+        else:
+            if rng.random() < 0.2 and not _shares_word(absent, things):
+                thing, title, stated = absent, "None.", slots(rng)
+            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
+            ask = rng.choice((f"Which form is for the {thing}?", f"Which form for: {ask}"))
+            answer = title
+        turns.append((f"{text}\n{ask}" if not turns else ask, answer))
+    return turns
+
+
 def _chat(rng: random.Random) -> Turns:
     return [plain_question(rng, rng.random() < 0.5) for _ in range(rng.randrange(1, 5))]
 
@@ -441,13 +498,17 @@ def _retell(rng: random.Random) -> Turns:
     return turns
 
 
-LESSONS = ((_papers, 34), (_form, 24), (_boxes, 16), (_records, 12), (_echo, 6), (_chat, 4),
-           (_retell, 4))
+# The base hears two rounds of lessons: how likely each lesson is in either.
+ROUNDS = (
+    ((_papers, 34), (_form, 24), (_boxes, 16), (_records, 12), (_echo, 6), (_chat, 4),
+     (_retell, 4)),
+    ((_binders, 46), (_papers, 12), (_form, 16), (_boxes, 10), (_records, 6), (_echo, 6),
+     (_chat, 2), (_retell, 2)))
 
 
-def lesson(rng: random.Random) -> Turns:
-    """One pre-training chat."""
-    makers, weights = zip(*LESSONS, strict=True)
+def lesson(rng: random.Random, number: int = 0) -> Turns:
+    """One pre-training chat of a round."""
+    makers, weights = zip(*ROUNDS[number], strict=True)
     while True:
         turns = rng.choices(makers, weights)[0](rng)
         # Echoes mix signs freely, but nothing may look like the start of a JSON object.
