@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from minilora.chat import DIALECTS, chat_template, get_dialect
+from minilora.chat import chat_template, stop_ids
 from minilora.config import GemmaConfig, LoraConfig, UserError
 from minilora.data import Example
+from minilora.dialects import DIALECTS, get_dialect
 from minilora.files import (
     FORMAT,
     current,
@@ -270,7 +271,7 @@ def open_model(source: str | None, adapter: str | Path | None, device: torch.dev
 
 def knows_dialect(tokenizer: Tokenizer, dialect: str) -> bool:
     """Whether the tokenizer has all tokens of a dialect."""
-    return DIALECTS[dialect].tokens.keys() <= tokenizer.new_tokens.keys()
+    return all(map(tokenizer.knows, DIALECTS[dialect].tokens))
 
 
 def _peft_name(module: str, key: str) -> str:
@@ -384,8 +385,8 @@ def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str
                         "give the folder of its base")
     _check_tokens(model, tokenizer)
     generation = base / "generation_config.json"
-    ids = {"bos_token_id": tokenizer.bos, "eos_token_id": list(tokenizer.stop_ids),
-           "pad_token_id": tokenizer.pad}
+    ids = {"bos_token_id": tokenizer.bos, "pad_token_id": tokenizer.pad,
+           "eos_token_id": list(stop_ids(tokenizer, dialect))}
     with replacing_folder(out, MODEL_FILES) as new:
         _write_shards(new, model, lora)
         write_json(new / "config.json", _text_config(raw, model) | ids)

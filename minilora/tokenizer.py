@@ -13,6 +13,7 @@ pieces are its repeated field 1, each with its text (field 1), score (2) and typ
 is read and written here by hand, so the protobuf package is not needed.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -116,6 +117,11 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return len(self._pieces)
 
+    def fingerprint(self) -> str:
+        """A hash that two tokenizers share only if they give the same ids to texts and tokens."""
+        known = json.dumps(sorted(self._ids.items())).encode()
+        return hashlib.sha256(self._encoder.serialized_model_proto() + known).hexdigest()
+
     def _processor(self, entries: list[bytes]) -> sentencepiece.SentencePieceProcessor:
         try:
             model = _write_model(entries, self._rest)
@@ -213,6 +219,16 @@ class Tokenizer:
             elif not (skip_control and self._added.get(i, {}).get("special", True)):
                 text.append(self._pieces[i])
         return "".join(text) + run.decode("utf-8", "replace")
+
+    def texts(self) -> dict[int, bytes]:
+        """What each id adds to a text, in UTF-8; control and new tokens are not among them."""
+        texts = {i: piece.replace("▁", " ").encode() for i, piece in enumerate(self._pieces)
+                 if i not in self._control}
+        return texts | {i: bytes([byte]) for i, byte in self._bytes.items()}
+
+    def knows(self, token: str) -> bool:
+        """Whether this is a control token or a new token."""
+        return token in self._ids
 
     def token_id(self, token: str) -> int:
         """The id of a control token or a new token. Raises UserError for any other string."""

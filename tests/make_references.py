@@ -2,6 +2,7 @@
 
     python tests/make_references.py             every group
     python tests/make_references.py logits      only these
+    python tests/make_references.py dialects    the texts of test_chat.py; asks for mistral-common
 
 `test_parity.py` holds minilora to these numbers where transformers is not installed. Needed only
 when the tiny models change. A group is a function that returns tensors by name, and becomes the
@@ -11,6 +12,8 @@ tensors some columns are enough to tell.
 
 import copy
 import functools
+import json
+import os
 import sys
 import tempfile
 from importlib.metadata import version
@@ -18,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from conftest import tiny_model, tiny_raw
+from conftest import REAL, tiny_model, tiny_raw
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -268,6 +271,37 @@ def interop() -> dict[str, Tensor]:
     return tensors
 
 
+def mistral_blocks() -> list[str]:
+    """The blocks of tools, calls and results of mistral-common's v3 tokenizer, in its order."""
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    from test_chat import MISTRAL_BLOCKS, REFERENCE, openai
+
+    tokenizer = MistralTokenizer.v3()
+    request = ChatCompletionRequest(messages=openai(REFERENCE, as_text=True)[:-1],
+                                    tools=list(REFERENCE.tools))
+    tokens = tokenizer.encode_chat_completion(request).tokens
+    text = tokenizer.decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
+    return MISTRAL_BLOCKS.findall(text.replace("▁", " "))  # pieces write spaces as ▁
+
+
+def dialects(folder: Path) -> None:
+    """What others make of the conversation in test_chat.py: dialects.json.
+
+    The template of google/functiongemma-270m-it is read from functiongemma/chat_template.jinja in
+    the folder that MINILORA_REAL_INPUT names.
+    """
+    from test_chat import REFERENCE, openai
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    template = Path(os.environ[REAL]) / "functiongemma" / "chat_template.jinja"
+    texts, _ = render_jinja_template([openai(REFERENCE)], tools=list(REFERENCE.tools),
+                                     chat_template=template.read_text(), bos_token="<bos>")
+    both = {"mistral": mistral_blocks(), "functiongemma": texts[0]}
+    (folder / "dialects.json").write_text(json.dumps(both, ensure_ascii=False, indent=1) + "\n")
+
+
 GROUPS = {group.__name__: group for group in (logits, bfloat16, training, interop)}
 
 
@@ -279,6 +313,8 @@ def stored(group: str) -> dict[str, Tensor]:
 
 def main(names: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
+    if names == ["dialects"]:
+        return dialects(FOLDER)
     made_with = {package: version(package) for package in ("torch", "transformers", "peft")}
     for name in names or GROUPS:
         tensors = {key: tensor.contiguous() for key, tensor in GROUPS[name]().items()}

@@ -4,34 +4,34 @@ import dataclasses
 import functools
 import itertools
 import json
+import pathlib
 import re
 
 import pytest
 from conftest import real_input
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.chat import (
-    DIALECTS,
     Conversation,
     Kind,
     MalformedCall,
     Message,
     ToolCall,
-    call_from,
     chat_template,
-    dump_json,
-    load_json,
+    decode_reply,
     parse_tool_calls,
     render,
     split_reply,
+    stop_ids,
 )
-from minilora.config import UserError
+from minilora.config import TrainConfig, UserError
+from minilora.dialects import DIALECTS, Block, Dialect, call_from, dump_json, load_json
 from minilora.tokenizer import Tokenizer
 
 LAW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
-BOTH = pytest.mark.parametrize("dialect", DIALECTS)
+EACH = pytest.mark.parametrize("dialect", DIALECTS)
 
 
 def load(model) -> Tokenizer:
@@ -55,6 +55,8 @@ WEATHER = {"type": "function", "function": {
     "name": "get_weather", "description": "Weather of a <b>city</b>, e.g. \"Zürich\"",
     "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
+FULL_CLOCK = {"type": "function", "function": {"name": "clock", "description": "",
+                                               "parameters": {}}}
 
 FULL = Conversation((
     Message("system", "Be brief."),
@@ -103,7 +105,7 @@ def test_hermes_layout_and_kinds(tokenizer):
 
 
 def test_mistral_layout_and_kinds(tokenizer):
-    tools = json.dumps([WEATHER, CLOCK], ensure_ascii=False)
+    tools = json.dumps([WEATHER, FULL_CLOCK], ensure_ascii=False)
     assert columns(FULL, tokenizer, "mistral")[:9] == [
         ("PROMPT", "<bos><start_of_turn>user\nBe brief.\n\n[AVAILABLE_TOOLS] "
                    f"{tools}[/AVAILABLE_TOOLS]\n\nWeather in Paris and Rome?<end_of_turn>\n"
@@ -115,14 +117,63 @@ def test_mistral_layout_and_kinds(tokenizer):
         ("END", "<end_of_turn>"),
         ("PROMPT", "\n<start_of_turn>user\n"),
         ("TOOL_RESPONSE", '[TOOL_RESULTS] {"content": {"sky": "clear"}, "call_id": "c1"}'
-                          '[/TOOL_RESULTS]\n[TOOL_RESULTS] {"content": "noon", "call_id": "c2"}'
+                          '[/TOOL_RESULTS][TOOL_RESULTS] {"content": "noon", "call_id": "c2"}'
                           "[/TOOL_RESULTS]"),
         ("PROMPT", "<end_of_turn>\n<start_of_turn>model\n"),
         ("ANSWER", "Clear at noon."),
     ]
 
 
-@BOTH
+def test_functiongemma_layout_and_kinds(tokenizer):
+    """The turns of "full function calling sequence" on ai.google.dev, and more of them."""
+    assert columns(FULL, tokenizer, "functiongemma", generate=True) == [
+        ("PROMPT", "<bos><start_of_turn>developer\nBe brief.<start_function_declaration>"
+                   "declaration:get_weather{description:<escape>Weather of a <b>city</b>, e.g. "
+                   '"Zürich"<escape>,parameters:{properties:{city:{description:<escape><escape>,'
+                   "type:<escape>STRING<escape>}},type:<escape>OBJECT<escape>}}"
+                   "<end_function_declaration><start_function_declaration>declaration:clock{"
+                   "description:<escape><escape>}<end_function_declaration><end_of_turn>\n"
+                   "<start_of_turn>user\nWeather in Paris and Rome?<end_of_turn>\n"
+                   "<start_of_turn>model\n"),
+        ("THINK", "Two cities.\n"),
+        ("ANSWER", "One moment."),
+        ("TOOL_CALL", "<start_function_call>call:get_weather{city:<escape>Paris<escape>}"
+                      "<end_function_call><start_function_call>call:clock{}<end_function_call>"),
+        ("END", "<start_function_response>"),
+        ("TOOL_RESPONSE", 'response:get_weather{value:<escape>{"sky": "clear"}<escape>}'
+                          "<end_function_response><start_function_response>response:clock{"
+                          "value:<escape>noon<escape>}<end_function_response>"),
+        ("ANSWER", "Clear at noon."),
+        ("END", "<end_of_turn>"),
+        ("PROMPT", "\n<start_of_turn>user\nThanks!<end_of_turn>\n<start_of_turn>model\n"),
+        ("ANSWER", "Welcome."),
+        ("END", "<end_of_turn>"),
+        ("PROMPT", "\n<start_of_turn>model\n"),
+    ]
+    assert stop_ids(tokenizer, "functiongemma") == (
+        *tokenizer.stop_ids, tokenizer.token_id("<start_function_response>"))
+    assert stop_ids(tokenizer, "hermes") == tokenizer.stop_ids
+
+
+def test_functiongemma_closes_a_turn_whose_calls_got_no_result(tokenizer):
+    call = Message("assistant", tool_calls=(ToolCall("clock", {}),))
+    for then in (Message("user", "?"), Message("assistant", "?")):
+        messages = (Message("user", "Hi"), call, then)
+        text = tokenizer.decode(render(Conversation(messages), tokenizer, "functiongemma").ids)
+        assert "<start_function_response><end_of_turn>\n<start_of_turn>" in text
+    result = Message("tool", "noon")  # named after the call in its place
+    text = tokenizer.decode(render(Conversation((Message("user", "Hi"), call, result, then)),
+                                   tokenizer, "functiongemma").ids)
+    assert "<start_function_response>response:clock{value:<escape>noon<escape>}" in text
+    assert text.endswith("<end_function_response>?<end_of_turn>\n")
+
+
+def test_the_dialects_are_those_that_a_run_can_choose():
+    field = {field.name: field for field in dataclasses.fields(TrainConfig)}["dialect"]
+    assert tuple(DIALECTS) in field.metadata.values()
+
+
+@EACH
 def test_every_new_token_of_a_dialect_occurs_and_is_one_id(tokenizer, dialect):
     ids = render(FULL, tokenizer, dialect).ids
     tokens = {token for token, i in tokenizer.new_tokens.items() if i in ids}
@@ -147,12 +198,15 @@ def test_misplaced_messages_are_refused(tokenizer):
 
 # --- laws of render -------------------------------------------------------------------------------
 
+keys = st.text() | st.sampled_from(["", " ", " a", "a b", "B", "a:b", "{", "x,y", "</tool_call>",
+                                    "<escape>", "type", "properties", "description", "name"])
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text() | st.sampled_from(["</tool_call>", "<tool_call>\n{}", '"}]', "[TOOL_CALLS]", "\\"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    | st.text() | st.sampled_from(["</tool_call>", "<tool_call>\n{}", '"}]', "[TOOL_CALLS]", "\\",
+                                   "<escape>", "<escape>,b:<escape>", "<end_function_call>"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3),
     max_leaves=8)
-arguments = st.dictionaries(st.text() | st.just("</tool_call>"), json_values, max_size=4)
+arguments = st.dictionaries(keys, json_values, max_size=4)
 calls = st.builds(ToolCall, st.text(min_size=1), arguments)
 # Mostly what texts are made of where layouts go wrong: white space at the ends, quotes, tags, these
 # whole or in parts that a neighbouring text may complete.
@@ -177,7 +231,7 @@ def conversations(draw):
     return Conversation((*system, *turns[:draw(st.integers(1, len(turns)))]), tools)
 
 
-@BOTH
+@EACH
 @LAW
 @given(conversation=conversations())
 def test_a_generation_prompt_is_a_prefix_of_the_training_ids(tokenizer, dialect, conversation):
@@ -192,7 +246,7 @@ def test_a_generation_prompt_is_a_prefix_of_the_training_ids(tokenizer, dialect,
             assert whole.kinds[:len(prompt.ids)] == prompt.kinds
 
 
-@BOTH
+@EACH
 def test_text_never_becomes_a_control_token(tokenizer, dialect):
     """Every text that a user, a tool or a model can bring spells every control token."""
     control = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", *tokenizer.new_tokens]
@@ -206,18 +260,23 @@ def test_text_never_becomes_a_control_token(tokenizer, dialect):
         ids = render(Conversation(tuple(messages), (tool,)), tokenizer, dialect).ids
         return [ids.count(tokenizer.token_id(token)) for token in control]
 
-    assert count(attack) == count("harmless")
+    assert count(attack) == count("<harmless>")
 
 
-@BOTH
+@EACH
 @LAW
 @given(conversation=conversations())
 def test_control_tokens_are_those_of_the_layout(tokenizer, dialect, conversation):
     """They are the same whatever the texts spell, alone or together with their neighbours."""
-    control = set(tokenizer._ids.values())
-    found, expected = (
-        [i for i in render(each, tokenizer, dialect).ids if i in control]
-        for each in (conversation, rewritten(conversation, lambda text: re.sub(r"\S", "x", text))))
+    # How many <escape> there are says which keys and texts FunctionGemma's notation has to mark.
+    control = set(tokenizer._ids.values()) - {tokenizer.token_id("<escape>")}
+
+    def harmless(text):
+        tool_keys = ("type", "function", "name", "parameters")
+        return text if text in tool_keys else re.sub(r"\S", "x", text)
+
+    found, expected = ([i for i in render(each, tokenizer, dialect).ids if i in control]
+                       for each in (conversation, rewritten(conversation, harmless)))
     assert found == expected
 
 
@@ -236,7 +295,7 @@ def rewritten(value, rewrite):
     return value
 
 
-@BOTH
+@EACH
 @LAW
 @given(conversation=conversations())
 def test_kinds_mark_exactly_what_the_model_writes(tokenizer, dialect, conversation):
@@ -249,15 +308,12 @@ def test_kinds_mark_exactly_what_the_model_writes(tokenizer, dialect, conversati
     replies = [message for message in conversation.messages if message.role == "assistant"]
     assert len(turns) == len(replies)
     for ids, message in zip(turns, replies, strict=True):
-        assert ids.pop() == tokenizer.end_of_turn
-        parts = [message.thinking.strip(), message.content.strip()]
-        text = tokenizer.decode(ids)
-        for call in message.tool_calls:
-            parts.append(json.dumps({"name": call.name, "arguments": call.arguments},
-                                    ensure_ascii=False))
+        assert ids.pop() in (tokenizer.end_of_turn, *stop_ids(tokenizer, dialect))
+        reply = split_reply(decode_reply(ids, tokenizer, dialect), dialect)
+        assert reply.tool_calls == message.tool_calls
         at = 0
-        for part in parts:
-            at = text.index(part, at) + len(part)
+        for part in (message.thinking.strip(), message.content.strip()):
+            at = tokenizer.decode(ids).index(part, at) + len(part)
 
 
 def test_neighbouring_texts_of_one_kind_are_encoded_as_one():
@@ -274,27 +330,60 @@ def test_neighbouring_texts_of_one_kind_are_encoded_as_one():
 
     render(FULL, Recorder(), "mistral")
     assert Recorder.seen[:6] == [
-        "user\nBe brief.\n\n", " " + json.dumps([WEATHER, CLOCK], ensure_ascii=False),
+        "user\nBe brief.\n\n", " " + json.dumps([WEATHER, FULL_CLOCK], ensure_ascii=False),
         "\n\nWeather in Paris and Rome?", "\n", "model\n", "Two cities.\n"]
 
 
-# --- text -> calls --------------------------------------------------------------------------------
+# --- reply -> calls -------------------------------------------------------------------------------
+
+def reply_ids(message, tokenizer, dialect) -> list[int]:
+    """What the model would have to write for this message, less what ends it."""
+    question = (Message("user", "?"),)
+    start = len(render(Conversation(question), tokenizer, dialect, generate=True).ids)
+    whole = render(Conversation((*question, message)), tokenizer, dialect)
+    return whole.ids[start:whole.kinds.index(Kind.END)]
+
 
 def rendered_reply(message, tokenizer, dialect) -> str:
-    """What the model would have to write for this message, as text."""
-    question = (Message("user", "?"),)
-    prompt = render(Conversation(question), tokenizer, dialect, generate=True).ids
-    whole = render(Conversation((*question, message)), tokenizer, dialect).ids
-    end = len(whole) - whole[::-1].index(tokenizer.end_of_turn) - 1
-    return tokenizer.decode(whole[len(prompt):end])
+    return tokenizer.decode(reply_ids(message, tokenizer, dialect))
 
 
-@BOTH
+@EACH
 @LAW
 @given(wanted=st.lists(calls, max_size=3))
 def test_calls_survive_the_way_through_ids_and_back(tokenizer, dialect, wanted):
-    text = rendered_reply(Message("assistant", tool_calls=tuple(wanted)), tokenizer, dialect)
-    assert parse_tool_calls(text, dialect) == wanted
+    """From ids always; from text too, but for a string that itself spells <escape>."""
+    ids = reply_ids(Message("assistant", tool_calls=tuple(wanted)), tokenizer, dialect)
+    reply = decode_reply(ids, tokenizer, dialect)
+    assert reply == tokenizer.decode(ids)
+    assert parse_tool_calls(reply, dialect) == wanted
+    assert dump_json([call.arguments for call in parse_tool_calls(reply, dialect)]).count(
+        ".0") == dump_json([call.arguments for call in wanted]).count(".0")  # floats stay floats
+    if dialect != "functiongemma" or "<escape>" not in dump_json([[c.name, c.arguments]
+                                                                  for c in wanted]):
+        assert parse_tool_calls(str(reply), dialect) == wanted
+
+
+@EACH
+def test_a_tag_that_is_spelled_is_text(tokenizer, dialect):
+    """Its string in plain pieces is no control token to who reads ids, and is one in text."""
+    call = reply_ids(Message("assistant", tool_calls=(ToolCall("f", {"a": "b"}),)), tokenizer,
+                     dialect)
+    spelled = tokenizer.encode(tokenizer.decode(call))
+    assert spelled != call and tokenizer.decode(spelled) == tokenizer.decode(call)
+    assert len(parse_tool_calls(tokenizer.decode(spelled), dialect)) == 1
+    reply = split_reply(decode_reply(spelled, tokenizer, dialect), dialect)
+    assert reply == Message("assistant", tokenizer.decode(call))
+    both = split_reply(decode_reply(spelled + call, tokenizer, dialect), dialect)
+    assert both.content == reply.content and len(both.tool_calls) == 1
+    halves = [*call[:1], *tokenizer.encode(tokenizer.decode(call[1:]))]  # only the first is real
+    if dialect != "mistral":  # which has no other in a call
+        with pytest.raises(MalformedCall, match="missing|no value"):
+            parse_tool_calls(decode_reply(halves, tokenizer, dialect), dialect)
+    with pytest.raises(MalformedCall):  # a real one inside a string
+        at = call.index(tokenizer.encode("b")[0])
+        inside = [*call[:at], tokenizer.token_id(next(iter(DIALECTS[dialect].tokens))), *call[at:]]
+        parse_tool_calls(decode_reply(inside, tokenizer, dialect), dialect)
 
 
 def test_mistral_calls_keep_their_ids(tokenizer):
@@ -368,19 +457,72 @@ def test_what_is_no_call_is_named(inside, complaint):
     ("hermes", f"<tool_call>\n{GOOD} and more\n</tool_call>", "</tool_call> is missing"),
     ("hermes", f"<tool_call>{GOOD}</tool_call> and so on", "text after a call"),
     ("hermes", f"{GOOD}</tool_call>", "without <tool_call>"),
-    ("mistral", "[TOOL_CALLS] []", "list of calls"),
-    ("mistral", f"[TOOL_CALLS] {GOOD}", "list of calls"),
-    ("mistral", "[TOOL_CALLS]", "not JSON"),
-    ("mistral", f"[TOOL_CALLS] [{GOOD}] and so on", "text after the calls"),
+    ("hermes", f"<tool_call>{GOOD}</tool_call>" * 9 + f"<tool_call>{GOOD}", "</tool_call> is miss"),
+    ("mistral", "[TOOL_CALLS] []", "not JSON"),
+    ("mistral", f"[TOOL_CALLS] {GOOD}", "begin with '[TOOL_CALLS] ['"),
+    ("mistral", "[TOOL_CALLS]", "begin with '[TOOL_CALLS] ['"),
+    ("mistral", f"[TOOL_CALLS] [{GOOD}", "] is missing after the call of 'f'"),
+    ("mistral", f"[TOOL_CALLS] [{GOOD},]", "not JSON"),
+    ("mistral", f"[TOOL_CALLS] [{GOOD}] and so on", "text after a call"),
+    ("functiongemma", "call:f{}<end_function_call>", "without <start_function_call>"),
 ])
 def test_calls_end_where_they_should(dialect, text, complaint):
     with pytest.raises(MalformedCall, match=re.escape(complaint)):
         parse_tool_calls(text, dialect)
 
 
+@pytest.mark.parametrize("inside, complaint", [
+    ("", "call:name{…}, not the end"),
+    ('{"name": "f"}', "call:name{…}, not"),
+    ("call:", "a name or key is missing at the end"),
+    ("call:{}", "a name or key is missing at '{}'"),
+    ("call:<escape><escape>{}", "the name of a call is empty"),
+    ("call:f", "{ is missing after 'f', at the end"),
+    ("call:f{", "a name or key is missing at the end"),
+    ("call:f{a:1", ", or } is missing at the end"),
+    ("call:f{a:[1", ", or ] is missing at the end"),
+    ("call:f{a}", ": is missing after 'a'"),
+    ("call:f{a:}", "no value at '}'"),
+    ("call:f{a:Paris}", "no value at 'Paris}'"),
+    ("call:f{a:NaN}", "no value at 'NaN}'"),
+    ("call:f{a:-Infinity}", "no value at '-Infinity}'"),
+    ("call:f{a:1e999}", "1e999 is not a JSON number"),
+    ("call:f{a:007}", "text after the JSON value"),
+    ("call:f{a:" + "9" * 5000 + "}", "digits"),
+    ("call:f{a:1,a:2}", "'a' occurs twice"),
+    ("call:f{a:1,<escape>a<escape>:2}", "'a' occurs twice"),
+    ("call:f{a:1,}", "a name or key is missing"),
+    ("call:f{a:<escape>Paris}", "<escape> is missing after the text that begins 'Paris}'"),
+    ("call:f{a:<escape>x<escape>y<escape>}", ", or } is missing at 'y<escape>}'"),
+    ("call:f{a:<escape>\ud800<escape>}", "surrogate"),
+    ("call:f{a:" + "[" * 70 + "]" * 70 + "}", "nested deeper"),
+    ("call:f{a:" * 1 + "{a:" * 100_000, "nested deeper"),
+    ("call:f{} and more", "<end_function_call> is missing after the call of 'f'"),
+])
+def test_what_is_no_call_of_functiongemma_is_named(inside, complaint):
+    with pytest.raises(MalformedCall, match=re.escape(complaint)) as caught:
+        parse_tool_calls(f"<start_function_call>{inside}", "functiongemma")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
+
+
+def test_functiongemma_reads_what_its_own_examples_have():
+    text = ("<start_function_call>call:get_weather{location:<escape>Tokyo, Japan<escape>,days:[1, "
+            "2.5], deep: {a:None,b:null,c:true} }<end_function_call>")
+    wanted = [ToolCall("get_weather", {"location": "Tokyo, Japan", "days": [1, 2.5],
+                                       "deep": {"a": None, "b": None, "c": True}})]
+    assert parse_tool_calls(text, "functiongemma") == wanted
+    # what a model goes on to write where nothing has stopped it
+    text += "<start_function_response>response:get_weather{value:<escape>made up<escape>}"
+    assert parse_tool_calls(text, "functiongemma") == wanted
+    assert split_reply("Hm.<start_function_response>x", "functiongemma").content == "Hm."
+
+
 @LAW
-@given(text=st.text() | st.text(st.sampled_from('<tool_call>/{}[]":, namerguts1')).map(
-    lambda text: "<tool_call>" + text))
+@given(text=st.text() | st.tuples(
+    st.sampled_from(["<tool_call>", "[TOOL_CALLS] [", "<start_function_call>call:f{"]),
+    st.lists(st.sampled_from([*'<>/{}[]":, namef1\\', "<escape>", "</tool_call>", "null",
+                              "<end_function_call>", '"name"', '"arguments"'])).map("".join),
+).map("".join))
 def test_any_text_parses_or_is_malformed_and_nothing_else(text):
     for dialect in DIALECTS:
         try:
@@ -416,6 +558,8 @@ def openai(conversation, as_text=False) -> list[dict]:
                 {"type": "function",
                  "function": {"name": call.name, "arguments": arguments(call.arguments)},
                  **({"id": call.id} if call.id else {})} for call in message.tool_calls]
+        if message.name:
+            row["name"] = message.name
         if message.tool_call_id:
             row["tool_call_id"] = message.tool_call_id
         rows.append(row)
@@ -437,25 +581,44 @@ def jinja(dialect):
     return lambda messages, **names: template.render(messages=messages, bos_token="<bos>", **names)
 
 
-@BOTH
+def spelled_as_json(conversation):
+    """Results that a template can tell to be JSON or text: as `dump_json` has them, or neither."""
+    def plain(message):
+        text = message.content.strip()
+        try:
+            text = dump_json(load_json(text))
+        except ValueError:
+            text = f"x {text}" if text[:1] in ("{", "[") else text
+        return dataclasses.replace(message, content="x" + text if text[:1] == '"' else text)
+
+    return dataclasses.replace(conversation, messages=tuple(
+        plain(each) if each.role == "tool" else each for each in conversation.messages))
+
+
+@EACH
 @pytest.mark.parametrize("generate", [False, True])
 @LAW
-@given(conversation=conversations())
+@given(conversation=conversations().map(spelled_as_json))
 def test_the_template_says_what_render_says(tokenizer, dialect, generate, conversation):
     text = jinja(dialect)(openai(conversation), tools=list(conversation.tools),
                           add_generation_prompt=generate)
     assert text == tokenizer.decode(render(conversation, tokenizer, dialect, generate).ids)
 
 
-@BOTH
+@EACH
 def test_the_template_takes_what_servers_send(tokenizer, dialect):
     """Arguments as text, calls without "function", content null, `tools` and fields left out."""
     call = FULL.messages[2].tool_calls[0]
     as_text = json.dumps(call.arguments)
     say = jinja(dialect)
     question = {"role": "user", "content": "?"}
-    for sent in [{"id": "c1", "function": {"name": call.name, "arguments": as_text}},
-                 {"id": "c1", "name": call.name, "arguments": call.arguments}]:
+    for arguments in (as_text, call.arguments):
+        sent = {"id": "c1", "name": call.name, "arguments": arguments}
+        sent = {"id": "c1", "function": sent} if arguments == as_text else sent
+        if dialect == "functiongemma" and arguments == as_text:
+            with pytest.raises(ValueError, match="as an object"):
+                say([question, {"role": "assistant", "tool_calls": [sent]}])
+            continue
         text = say([question, {"role": "assistant", "content": None, "tool_calls": [sent]}])
         wanted = Conversation((Message("user", "?"), Message("assistant", tool_calls=(call,))))
         assert text == tokenizer.decode(render(wanted, tokenizer, dialect).ids)
@@ -465,7 +628,7 @@ def test_the_template_takes_what_servers_send(tokenizer, dialect):
             say(wrong)
 
 
-@BOTH
+@EACH
 def test_transformers_renders_the_template(tokenizer, dialect):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     rendered, _ = utils.render_jinja_template(
@@ -500,13 +663,14 @@ def export(request, tmp_path_factory):
 @given(conversation=conversations(), generate=st.booleans(), as_text=st.booleans())
 def test_transformers_renders_an_export_to_the_same_ids(export, conversation, generate, as_text):
     tokenizer, dialect, theirs, foreign = export
-    conversation = rewritten(conversation, lambda text: foreign.sub("×", text))
+    conversation = spelled_as_json(rewritten(conversation, lambda text: foreign.sub("×", text)))
+    as_text = as_text and dialect != "functiongemma"
     ids = theirs.apply_chat_template(openai(conversation, as_text), tools=list(conversation.tools),
                                      add_generation_prompt=generate, return_dict=True)["input_ids"]
     assert ids == render(conversation, tokenizer, dialect, generate).ids
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("which", ["tokenizer", "gemma2_tokenizer"])
 def test_ids_are_those_of_the_template_text(request, which, dialect):
     """A tokenizer that cuts the text at control tokens and encodes the rest gets the same ids."""
@@ -519,35 +683,95 @@ def test_ids_are_those_of_the_template_text(request, which, dialect):
     assert render(FULL, tokenizer, dialect).ids == ids
 
 
-def test_mistral_blocks_are_those_of_mistral_common():
-    """The blocks of tools, calls and results, as the v3 tokenizer of mistral-common writes them."""
-    pytest.importorskip("mistral_common")
-    from mistral_common.protocol.instruct.request import ChatCompletionRequest
-    from mistral_common.tokens.tokenizers.base import SpecialTokenPolicy
-    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+def test_functiongemmas_own_vocabulary_has_the_tokens_already(tmp_path):
+    """As its tokenizer.model does: they keep their ids, and nothing is added."""
+    tokens = list(DIALECTS["functiongemma"].tokens)
+    model = make_tokenizer_model(tmp_path, user_defined_symbols=[
+        "<start_of_turn>", "<end_of_turn>", *tokens])
+    tokenizer = Tokenizer.load(model.parent)
+    own = [tokenizer.token_id(token) for token in tokens]
+    assert tokenizer.add_tokens(tokens) == own and not tokenizer.new_tokens
+    ids = reply_ids(FULL.messages[2], tokenizer, "functiongemma")
+    calls = parse_tool_calls(decode_reply(ids, tokenizer, "functiongemma"), "functiongemma")
+    assert [call.name for call in calls] == ["get_weather", "clock"]
 
-    city = {"type": "object", "properties": {"city": {"type": "string"}}}
-    tool = {"type": "function", "function": {
-        "name": "get_weather", "description": "Weather of a city", "parameters": city}}
-    call = ToolCall("get_weather", {"city": "Zürich", "days": [1, 2.5, None]}, "abcDEF123")
-    conversation = Conversation((
-        Message("user", "Weather?"), Message("assistant", tool_calls=(call,)),
-        Message("tool", '{"sky": ["clear"]}', name="get_weather", tool_call_id="abcDEF123"),
-        Message("assistant", "Clear."), Message("user", "Again"),
-        Message("assistant", tool_calls=(call,)),
-        Message("tool", 'a "quoted" word', name="get_weather", tool_call_id="abcDEF123")), (tool,))
-    messages = openai(conversation)
-    for message in messages:
-        for sent in message.get("tool_calls", []):
-            sent["function"]["arguments"] = json.dumps(sent["function"]["arguments"])
-    reference = MistralTokenizer.v3()
-    request = ChatCompletionRequest(messages=messages, tools=[tool])
-    tokens = reference.encode_chat_completion(request).tokens
-    theirs = reference.decode(tokens, special_token_policy=SpecialTokenPolicy.KEEP)
-    theirs = theirs.replace("▁", " ")  # pieces, as SentencePiece writes spaces
-    ours = jinja("mistral")(openai(conversation), tools=[tool])
-    blocks = re.compile(r"\[AVAILABLE_TOOLS\].*?\[/AVAILABLE_TOOLS\]|\[TOOL_CALLS\].*?\}\]"
-                        r"|\[TOOL_RESULTS\].*?\[/TOOL_RESULTS\]")
-    assert len(blocks.findall(ours)) == 5
-    # mistral-common shows the tools before the last question, here they are in the first turn
-    assert sorted(blocks.findall(ours)) == sorted(blocks.findall(theirs))
+
+# --- other implementations ------------------------------------------------------------------------
+
+CITY = {"type": "object", "required": ["city"], "properties": {
+    "unit": {"type": "string", "enum": ["°C", "°F"], "description": "of <b>all</b> \"degrees\""},
+    "city": {"type": "string", "description": "Its name"},
+    "where": {"type": "object", "description": "", "properties": {
+        "zip": {"type": "integer", "description": "Code"}}, "required": ["zip"]},
+    "days": {"type": "array", "description": "Which", "items": {"type": "number"}}}}
+TOOLS = ({"type": "function", "function": {
+    "name": "get_weather", "description": "Weather of a city", "parameters": CITY}},
+    {"type": "function", "function": {"name": "clock", "parameters": {"type": "object"}}})
+REFERENCE = Conversation((
+    Message("system", "Be brief."), Message("user", "Weather?"),
+    Message("assistant", tool_calls=(
+        ToolCall("get_weather", {"city": 'Zü"rich', "days": [1, 2.5, True, {"a": {}}], "D": []},
+                 "abcDEF123"),
+        ToolCall("clock", {}, "abcDEF124"))),
+    Message("tool", '{"sky":["clear"], "t": 1.50}', name="get_weather", tool_call_id="abcDEF123"),
+    Message("tool", 'a "quoted" word', name="clock", tool_call_id="abcDEF124"),
+    Message("assistant", "Clear."), Message("user", "Again"),
+    Message("assistant", tool_calls=(ToolCall("clock", {"x": None}, "abcDEF125"),)),
+    Message("tool", "12.50", name="clock", tool_call_id="abcDEF125"),
+    Message("assistant", "12.5")), TOOLS)
+MISTRAL_BLOCKS = re.compile(r"\[AVAILABLE_TOOLS\].*?\[/AVAILABLE_TOOLS\]|\[TOOL_CALLS\].*?\}\](?=<)"
+                            r"|(?:\[TOOL_RESULTS\].*?\[/TOOL_RESULTS\])+")
+
+
+def reference(name):
+    path = pathlib.Path(__file__).parent / "references" / "dialects.json"
+    return json.loads(path.read_text())[name]
+
+
+def test_mistral_blocks_are_those_of_mistral_common(tokenizer):
+    """Tools, calls and results as InstructTokenizerV3 writes them; all but the tools in its order.
+
+    It shows the tools before the last question, here they are in the first turn.
+    """
+    ours = MISTRAL_BLOCKS.findall(tokenizer.decode(render(REFERENCE, tokenizer, "mistral").ids))
+    theirs = reference("mistral")
+    assert ours == sorted(theirs, key=lambda block: not block.startswith("[AVAILABLE_TOOLS]"))
+    assert len(ours) == 5
+
+
+def test_functiongemma_is_that_of_the_published_template(tokenizer):
+    ours = tokenizer.decode(render(REFERENCE, tokenizer, "functiongemma").ids)
+    assert ours == reference("functiongemma")
+
+
+def test_references_are_what_mistral_common_makes():
+    pytest.importorskip("mistral_common")
+    from make_references import mistral_blocks
+    assert mistral_blocks() == reference("mistral")
+
+
+# --- a dialect of one's own -----------------------------------------------------------------------
+
+@pytest.fixture
+def toy(monkeypatch, tmp_path):
+    """The whole of a new dialect, and a tokenizer that knows it."""
+    monkeypatch.setitem(DIALECTS, "toy", Dialect(
+        tokens={"<call>": "a call", "<end>": "end of calls, tools or results", "<got>": "results",
+                "<have>": "tools"},
+        tools=Block("<have>", "; ", "<end>"),
+        calls=Block("<call>", "<call>", "<end>"),
+        results=Block("<got> ", " | ", "<end>")))
+    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path).parent)
+    tokenizer.add_tokens(DIALECTS["toy"].tokens)
+    return tokenizer
+
+
+@settings(LAW, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(wanted=st.lists(calls, min_size=1, max_size=3), conversation=conversations())
+def test_a_new_dialect_is_one_small_table(toy, wanted, conversation):
+    """Its renderer, its reader and its template all come from it."""
+    ids = reply_ids(Message("assistant", "So:", tool_calls=tuple(wanted)), toy, "toy")
+    for reply in (decode_reply(ids, toy, "toy"), toy.decode(ids)):
+        assert parse_tool_calls(reply, "toy") == wanted
+    text = jinja("toy")(openai(conversation), tools=list(conversation.tools))
+    assert text == toy.decode(render(conversation, toy, "toy").ids)
