@@ -1,43 +1,52 @@
-"""Files to conversations: four layouts of a row, told apart by their keys, become one structure.
+"""Files to conversations: many layouts of a row, told apart by their keys, become one structure.
 
-Rows come from JSON (one array) and JSON Lines:
-
-    {"messages": [{"role": …, "content": …, "tool_calls": […]}], "tools": […]}      OpenAI, TRL
+    {"messages": [{"role": …, "content": …, "tool_calls": […]}], "tools": […]}      OpenAI, TRL,
+                                                                              mistral-finetune
     {"messages": [{…, "function_call": {…}}, {"role": "function", …}], "functions": […]}   older
     {"conversations": [{"from": "human", "value": …}, …]}       ShareGPT, Hermes tags in the text
     {"conversations": [{"from": "function_call", …}, {"from": "observation", …}], "tools": "[…]"}
+    {"query": …, "tools": "[…]", "answers": "[…]"}              xLAM
+    {"system": "SYSTEM: …", "chat": "USER: … ASSISTANT: … <functioncall> …"}        Glaive v2
 
 Arguments may be objects or JSON text, tools a list or JSON text, each tool with or without its
-{"type": "function", "function": …}. Hermes tags (`<tools>`, `<think>`, `<tool_call>`,
-`<tool_response>`) in a text are read into structure whatever the layout. Nothing is guessed and
-nothing is dropped in silence: a row that cannot be read is a problem with file, line and field.
-Whether a problem ends the run (`refuse`) or is told and passed over (`warn`) is up to the caller.
+{"type": "function", "function": …}, schemas in JSON Schema's words or in others (`standard_tool`),
+a content text or a list of typed parts. Hermes tags (`<tools>`, `<think>`, `<tool_call>`,
+`<tool_response>`) in a text are read into structure whatever the layout. An assistant message with
+`"weight": 0` (mistral-finetune, OpenAI), `"train": false` (axolotl) or `"loss": false` (ms-swift)
+carries no loss. Nothing is guessed and nothing is dropped in silence: a row that cannot be read is
+a problem with file, line and field. Whether a problem ends the run (`refuse`) or is told and passed
+over (`warn`) is up to the caller.
 """
 
-import ast
-import re
+import itertools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from minilora.chat import (
-    Conversation,
-    MalformedCall,
-    Message,
-    ToolCall,
-    call_from,
-    decode_json,
-    dump_json,
-    load_json,
-    split_reply,
+from minilora.chat import Conversation, Message, ToolCall
+from minilora.config import UserError
+from minilora.dialects import call_from, dump_json, load_json
+from minilora.formats import (
+    at_field,
+    glaive_row,
+    json_list,
+    loose_json,
+    results_in,
+    split_text,
+    standard_tool,
+    take_tools,
+    xlam_row,
 )
-from minilora.config import UserError, builtin
+from minilora.sources import find_files, read_rows
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
           "assistant": "assistant", "gpt": "assistant", "model": "assistant",
-          "function_call": "assistant", "tool": "tool", "function": "tool", "observation": "tool"}
+          "function_call": "assistant", "function-call": "assistant", "tool_call": "assistant",
+          "tool": "tool", "function": "tool", "observation": "tool", "function-response": "tool",
+          "tool_response": "tool"}
+_CALL_ROLES = ("function_call", "function-call", "tool_call")  # whose text is a call
+_DATA = str | Path | Sequence[str | Path]  # what minilora.sources finds files by
 
 
 def refuse(problem: str) -> None:
@@ -52,83 +61,87 @@ def warn(notice: str) -> None:
 
 # --- files -> conversations -----------------------------------------------------------------------
 
-def read_conversations(paths: str | Path | Sequence[str | Path],
-                       on_problem: Callable[[str], None] = refuse,
-                       on_notice: Callable[[str], None] = warn) -> list[Conversation]:
-    """All conversations of some files, in order; each knows its source, "file:line (row n)".
+@dataclass(frozen=True)
+class Row:
+    """A row of a file: the conversation that it is, or None and what is wrong with it."""
 
-    A row that cannot be read goes to `on_problem` as one line, "FILE:LINE (row N): what is wrong at
-    which field; expected …", and is left out where `on_problem` returns; by default it raises
-    UserError. `on_notice` hears of what is unusual but usable. A missing file always raises.
+    file: str
+    where: str                         # file:line (row n)
+    conversation: Conversation | None
+    problem: str = ""                  # what is wrong at which field; expected …
+    notes: tuple[str, ...] = ()        # what is unusual but usable: "has …"
+
+
+def iterate_rows(data: _DATA, mend: bool = False) -> Iterator[Row]:
+    """Every row of DATA, good and bad, in order.
+
+    With `mend` some of what is wrong is put right, where that changes no meaning, and noted: user
+    messages that follow each other are joined, an empty message at the end is left out, and so is
+    a tool that is there twice. Raises UserError for a file that cannot be read.
     """
-    conversations = []
-    for path in [paths] if isinstance(paths, str | Path) else paths:
-        unusual: defaultdict[str, list[str]] = defaultdict(list)  # what -> the rows it is true of
-        for where, row in _rows(builtin(path), on_problem):
-            heard: set[str] = set()
+    for file in find_files(data):
+        for where, value, problem in read_rows(file):
+            notes: set[str] = set()
+            conversation = None
             try:
-                conversations.append(_conversation(row, where, heard.add))
+                if not problem:
+                    conversation = replace(read_row(value, notes.add, mend), source=where,
+                                           weight=file.weight)
             except ValueError as error:
-                on_problem(f"{where}: {error}")
+                problem = str(error)
+            yield Row(file.name, where, conversation, problem, tuple(sorted(notes)))
+
+
+def iterate_conversations(data: _DATA, on_problem: Callable[[str], None] = refuse,
+                          on_notice: Callable[[str], None] = warn) -> Iterator[Conversation]:
+    """The conversations of DATA (see minilora.sources), in order; each knows its source.
+
+    JSON Lines are read line by line, so a file may be larger than the memory; an array is read
+    whole. A row that cannot be read goes to `on_problem` as one line, "FILE:LINE (row N): what is
+    wrong at which field; expected …", and is left out where `on_problem` returns; by default it
+    raises UserError. `on_notice` hears, after each file, of what is unusual but usable. What is no
+    file always raises.
+    """
+    for _, rows in itertools.groupby(iterate_rows(data), lambda row: row.file):
+        unusual: dict[str, list] = {}  # what -> the first row it is true of, and of how many
+        for row in rows:
+            if row.conversation is None:
+                on_problem(f"{row.where}: {row.problem}")
                 continue
-            for what in sorted(heard):
-                unusual[what].append(where)
-        for what, where in unusual.items():
-            on_notice(f"{where[0]} {what}" + (f" (and {len(where) - 1} more rows of that file)"
-                                              if len(where) > 1 else ""))
-    return conversations
+            for note in row.notes:
+                unusual.setdefault(note, [row.where, 0])[1] += 1
+            yield row.conversation
+        for note, (where, number) in unusual.items():
+            on_notice(f"{where} {note}" + (f" (and {number - 1} more rows of that file)"
+                                           if number > 1 else ""))
 
 
-def _rows(path: Path, on_problem: Callable[[str], None]) -> Iterator[tuple[str, object]]:
-    """Each row of a JSON array or of JSON Lines, with "file:line (row n)"."""
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if text.lstrip()[:1] == "[":
-        yield from _array_rows(text, path, on_problem)
-        return
-    number = 0
-    for line, row in enumerate(text.split("\n"), 1):  # JSON strings may hold other line separators
-        if row.strip():
-            number += 1
-            where = f"{path}:{line} (row {number})"
-            try:
-                yield where, load_json(row)
-            except ValueError as error:
-                on_problem(f"{where}: {error}; expected one JSON object a line, or one array")
-    if not number:
-        on_problem(f"{path}: no row in it; expected conversations, one a line or in one array")
+def read_conversations(data: _DATA, on_problem: Callable[[str], None] = refuse,
+                       on_notice: Callable[[str], None] = warn) -> list[Conversation]:
+    """`iterate_conversations` as a list."""
+    return list(iterate_conversations(data, on_problem, on_notice))
 
 
-def _array_rows(text: str, path: Path, on_problem: Callable[[str], None],
-                ) -> Iterator[tuple[str, object]]:
-    token = re.compile(r"[ \t\r\n]*([\[\],]?)[ \t\r\n]*")
-    at = token.match(text).end()
-    line = 1 + text.count("\n", 0, at)
-    number, closed = 0, text.startswith("]", at)
-    if closed:
-        on_problem(f"{path}:{line}: no row in it; expected conversations in the array")
-        at = token.match(text, at).end()
-    while not closed:
-        number += 1
-        where = f"{path}:{line} (row {number})"
-        try:
-            row, end = decode_json(text, at)
-        except ValueError as error:  # where the next row begins cannot be known
-            on_problem(f"{where}: {error}; expected a JSON object, and the rest is not read")
-            return
-        yield where, row
-        mark = token.match(text, end)
-        if mark[1] not in (",", "]"):
-            on_problem(f"{where}: no comma and no ] after this row; the rest is not read")
-            return
-        line += text.count("\n", at, mark.end())
-        at, closed = mark.end(), mark[1] == "]"
-    if text[at:]:
-        on_problem(f"{path}:{line}: text after the end of the array; expected nothing")
+def openai_row(conversation: Conversation) -> dict:
+    """The row in OpenAI's layout that reads as this conversation (its source and weight aside)."""
+    messages = []
+    for message in conversation.messages:
+        fields = {"role": message.role, "content": message.content}
+        if message.thinking:
+            fields["reasoning_content"] = message.thinking
+        if message.tool_calls:
+            fields["tool_calls"] = [
+                {**({} if call.id is None else {"id": call.id}), "type": "function",
+                 "function": {"name": call.name, "arguments": call.arguments}}
+                for call in message.tool_calls]
+        for key in ("name", "tool_call_id"):
+            if getattr(message, key) is not None:
+                fields[key] = getattr(message, key)
+        if not message.trained:
+            fields["weight"] = 0
+        messages.append(fields)
+    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
+    return {"messages": messages, **tools}
 
 
 def _expect(good: bool, problem: str) -> None:
@@ -136,40 +149,60 @@ def _expect(good: bool, problem: str) -> None:
         raise ValueError(problem)
 
 
-def _at(field: str, read: Callable, *arguments):
-    """What a reader gives; its error, which does not know the field, gets the field's name."""
-    try:
-        return read(*arguments)
-    except ValueError as error:
-        raise ValueError(f"{field}: {error}") from None
-
-
 # --- a row -> a conversation ----------------------------------------------------------------------
 
-def _conversation(row: object, where: str, notice: Callable[[str], None]) -> Conversation:
+def read_row(row: object, notice: Callable[[str], None], mend: bool = False) -> Conversation:
+    """The conversation that a row is; `notice` hears of what is unusual, `mend` as `iterate_rows`.
+
+    Raises ValueError that says what is wrong at which field.
+    """
     _expect(isinstance(row, dict), "the row is not an object; expected an object with messages")
-    key = next((key for key in ("messages", "conversations") if key in row), None)
-    _expect(key is not None, "no messages in the row; expected messages or conversations, not "
-            + (", ".join(map(repr, list(row)[:5])) or "an empty object"))
-    turns = row[key]
-    _expect(isinstance(turns, list) and turns != [], f"{key} is not a list with something in it")
-    tools = _tools(row.get("tools") or row.get("functions") or [], "tools")
-    fields = [(f"{key}[{index}]", turn) for index, turn in enumerate(turns)]
-    if row.get("system"):  # LLaMA-Factory: a column of its own
+    fields, raw_tools = _layout(row, notice)
+    tools = _tools(raw_tools, "tools", notice, mend)
+    if row.get("system") and "chat" not in row:  # LLaMA-Factory: a column of its own
         fields.insert(0, ("system", {"role": "system", "content": row["system"]}))
+    if mend and len(fields) > 1 and _is_empty(fields[-1][1]):
+        fields.pop()
+        notice("has an empty message at its end, left out")
     read: list[tuple[str, Message]] = []  # field of the row, message
     for field, turn in fields:
         _expect(isinstance(turn, dict), f"{field} is not an object; expected role and content")
         for message in _messages(turn, field, tools, notice):
             if message.role == "assistant" and read and read[-1][1].role == "assistant":
                 message = _joined(read.pop()[1], message, field)
+            elif mend and message.role == "user" and read and read[-1][1].role == "user":
+                message = replace(message, content=f"{read.pop()[1].content}\n\n{message.content}")
+                notice("has user messages that follow each other, joined")
             read.append((field, message))
     _check_order(read)
-    messages = tuple(message for _, message in read)
+    messages = tuple(_by_call([message for _, message in read], notice))
     called = {call.name for message in messages for call in message.tool_calls}
     if called - {tool["function"]["name"] for tool in tools}:
         notice("calls a tool that is not among its tools")
-    return Conversation(messages, tuple(tools), where)
+    return Conversation(messages, tuple(tools))
+
+
+def _layout(row: dict, notice: Callable[[str], None]) -> tuple[list[tuple[str, object]], object]:
+    """The turns of a row, each with its field, and its tools as they are written."""
+    key = next((key for key in ("messages", "conversations") if key in row), None)
+    if key is None and "query" in row and "answers" in row:  # xLAM
+        return xlam_row(row)
+    if key is None and isinstance(row.get("chat"), str):  # Glaive v2
+        return glaive_row(row, notice)
+    _expect(key is not None, "no messages in the row; expected messages or conversations, not "
+            + (", ".join(map(repr, list(row)[:5])) or "an empty object"))
+    turns = row[key]
+    _expect(isinstance(turns, list) and turns != [], f"{key} is not a list with something in it")
+    return ([(f"{key}[{index}]", turn) for index, turn in enumerate(turns)],
+            row.get("tools") or row.get("functions") or [])
+
+
+def _is_empty(turn: object) -> bool:
+    if not isinstance(turn, dict) or turn.get("tool_calls") or turn.get("function_call"):
+        return False
+    role, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    return (isinstance(role, str) and _ROLES.get(role) in ("user", "assistant")
+            and (text is None or isinstance(text, str) and not text.strip()))
 
 
 def _messages(turn: dict, field: str, tools: list[dict], notice: Callable[[str], None],
@@ -183,58 +216,90 @@ def _messages(turn: dict, field: str, tools: list[dict], notice: Callable[[str],
     _expect(role is not None,
             f"{field}: the role is {repr(given)[:40]}; expected one of {', '.join(_ROLES)}")
     raw = turn.get("content", turn.get("value"))
-    if role == "tool" and isinstance(raw, dict | list):
-        raw = dump_json(raw) if not _is_parts(raw) else raw
-    text = _text(raw, f"{field}: the content")
+    if role == "tool" and isinstance(raw, dict | list) and not _is_text_parts(raw):
+        raw = dump_json(raw)
+    text, thinking = _text(raw, f"{field}: the content")
+    _expect(not thinking or role == "assistant", f"{field}: thinking of a {role}; expected text")
     if role == "user" and text.lstrip().startswith("<tool_response>"):
         role = "tool"
-    if given == "function_call":
-        values = _at(field, load_json, text)
+    if given in _CALL_ROLES:
+        values = at_field(field, loose_json, text, notice)
         calls = values if isinstance(values, list) else [values]
-        return [Message("assistant", tool_calls=tuple(_call(call, field) for call in calls))]
+        return [Message("assistant", tool_calls=tuple(_call(call, field) for call in calls),
+                        trained=_trained(turn, field))]
     if role == "assistant":
-        return [_assistant(turn, text, field, notice)]
+        return [_assistant(turn, text, thinking, field, notice)]
     if role == "tool":
         name, id = turn.get("name"), turn.get("tool_call_id")
         for key, value in (("name", name), ("tool_call_id", id)):
             _expect(value is None or isinstance(value, str), f"{field}.{key} is not text")
         return [Message("tool", result, name=name, tool_call_id=id)
-                for result in _at(field, _results, text)]
+                for result in at_field(field, results_in, text)]
     if role == "system":
-        text = _at(field, _take_tools, text, tools, notice)
+        text, values = at_field(field, take_tools, text, notice)
+        found = at_field(field, _tools, values, "<tools>", notice)
+        if tools and found and found != tools:
+            notice("has other tools in its system message than beside it; the latter are used")
+        tools[:] = tools or found
         return [Message("system", text)] if text.strip() else []
     _expect(text.strip() != "", f"{field}: the user says nothing; expected text")
     return [Message("user", text)]
 
 
-def _is_parts(value: object) -> bool:
+def _is_text_parts(value: object) -> bool:
     return isinstance(value, list) and value != [] and all(
-        isinstance(part, dict) and isinstance(part.get("text"), str) for part in value)
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in value)
 
 
-def _text(value: object, field: str) -> str:
-    if _is_parts(value):
-        return "".join(part["text"] for part in value)
-    _expect(value is None or isinstance(value, str),
+def _text(value: object, field: str) -> tuple[str, str]:
+    """The text and the thinking of a content: a text, nothing, or a list of typed parts."""
+    if value is None or isinstance(value, str):
+        return value or "", ""
+    _expect(isinstance(value, list) and value != [] and all(isinstance(p, dict) for p in value),
             f"{field} is {type(value).__name__}; expected text")
-    return value or ""
+    found = {"text": "", "thinking": ""}
+    for index, part in enumerate(value):
+        kind = part.get("type", "text")
+        if kind in ("text", "input_text", "output_text"):
+            _expect(isinstance(part.get("text"), str),
+                    f"{field}[{index}]: a part without a text; expected one")
+            found["text"] += part["text"]
+            continue
+        _expect(kind in ("reasoning", "thinking"), f"{field}[{index}]: a part of type "
+                f"{repr(kind)[:40]}; expected text: only text can be learned from")
+        inside = next((part[key] for key in (kind, "text", "content") if part.get(key)), None)
+        found["thinking"] += _text(inside, f"{field}[{index}]")[0]
+    return found["text"], found["thinking"]
 
 
-def _assistant(turn: dict, text: str, field: str, notice: Callable[[str], None]) -> Message:
+def _assistant(turn: dict, text: str, thinking: str, field: str, notice: Callable[[str], None],
+               ) -> Message:
     calls = turn.get("tool_calls") or []
     _expect(isinstance(calls, list), f"{field}.tool_calls is not a list")
     if turn.get("function_call"):
         calls = [*calls, turn["function_call"]]
-    thinking = _text(turn.get("reasoning_content") or turn.get("thinking"), f"{field}: thinking")
-    message = Message("assistant", text, thinking)
+    beside = [_text(turn.get(key), f"{field}.{key}")[0]
+              for key in ("reasoning_content", "reasoning", "thinking")]
+    message = Message("assistant", text)
     if "<tool_call>" in text or text.lstrip().startswith("<think>"):
-        message = _at(field, _split_text, text, notice)
+        message = at_field(field, split_text, text, notice)
         _expect(not (calls and message.tool_calls),
                 f"{field}: calls both in the text and beside it; expected one of them")
-        message = replace(message, thinking=message.thinking or thinking)
+    thoughts = {thought for thought in (message.thinking, thinking, *beside) if thought.strip()}
+    _expect(len(thoughts) < 2 and not message.content.lstrip().startswith("<think>"),
+            f"{field}: thinking in two places; expected it in one")
     if calls:
         message = replace(message, tool_calls=tuple(_call(call, field) for call in calls))
-    return message
+    return replace(message, thinking="".join(thoughts), trained=_trained(turn, field))
+
+
+def _trained(turn: dict, field: str) -> bool:
+    marks = {key: turn[key] for key in ("weight", "train", "loss") if turn.get(key) is not None}
+    for key, value in marks.items():
+        _expect(isinstance(value, bool | int | float) and value in (0, 1),
+                f"{field}.{key} is {repr(value)[:40]}; expected 0 or 1, false or true")
+    return all(marks.values())
 
 
 def _call(raw: object, field: str) -> ToolCall:
@@ -243,18 +308,20 @@ def _call(raw: object, field: str) -> ToolCall:
     _expect(isinstance(function, dict), f"{field}: function of a call is not an object")
     arguments = function.get("arguments")
     if isinstance(arguments, str):  # OpenAI writes no arguments as "" now and then
-        arguments = _at(f"{field}: arguments", load_json, arguments) if arguments.strip() else {}
-    return _at(field, call_from, {"name": function.get("name"), "arguments": arguments,
-                                  "id": raw.get("id")})
+        arguments = arguments.strip() and at_field(f"{field}: arguments", load_json, arguments)
+    return at_field(field, call_from, {"name": function.get("name"), "id": raw.get("id"),
+                                       "arguments": {} if arguments == "" else arguments})
 
 
-def _tools(raw: object, field: str) -> list[dict]:
-    if isinstance(raw, str):
-        raw = _at(field, load_json, raw) if raw.strip() else []
-    _expect(isinstance(raw, list), f"{field} is not a list; expected a list of tools")
-    tools, names = [], set()
-    for index, tool in enumerate(raw):
+# --- tools ----------------------------------------------------------------------------------------
+
+def _tools(raw: object, field: str, notice: Callable[[str], None], mend: bool = False,
+           ) -> list[dict]:
+    tools: dict[str, dict] = {}
+    for index, tool in enumerate(json_list(raw, field)):
         at = f"{field}[{index}]"
+        if isinstance(tool, str) and tool.lstrip()[:1] == "{":
+            tool = at_field(at, load_json, tool)
         _expect(isinstance(tool, dict), f"{at} is not an object; expected name and parameters")
         if "function" not in tool:  # flat; OpenAI's newer API has a type beside the name
             inner = {key: value for key, value in tool.items() if key != "type"}
@@ -263,77 +330,20 @@ def _tools(raw: object, field: str) -> list[dict]:
         function = tool["function"]
         name = function.get("name") if isinstance(function, dict) else None
         _expect(isinstance(name, str) and name != "", f"{at}: the name is missing or not text")
-        _expect(isinstance(function.get("parameters", {}), dict),
+        if isinstance(function.get("parameters"), str):
+            parameters = at_field(f"{at}.parameters", load_json, function["parameters"])
+            tool = {**tool, "function": {**function, "parameters": parameters}}
+        _expect(isinstance(tool["function"].get("parameters", {}), dict),
                 f"{at}.parameters is not an object; expected a JSON schema")
-        _expect(name not in names, f"{at}: a second tool named {name!r}; expected one")
-        names.add(name)
-        tools.append(tool)
-    return tools
-
-
-# --- Hermes tags in a text ------------------------------------------------------------------------
-
-_CALL_BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_RESULT_BLOCK = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-_TOOLS_BLOCK = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>", re.DOTALL)
-
-
-def _python_value(text: str) -> object:
-    """A value written as Python prints it. Only literals are read, nothing is run."""
-    try:
-        return load_json(dump_json(ast.literal_eval(text)))
-    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
-        raise ValueError("neither JSON nor a Python literal") from None
-
-
-def _split_text(text: str, notice: Callable[[str], None]) -> Message:
-    try:
-        return split_reply(text, "hermes")
-    except MalformedCall as error:
-        blocks = _CALL_BLOCK.findall(text)
-        if not any(re.match(r"\{\s*'", block) for block in blocks):
-            raise
-        reason = error
-
-    def as_json(block: re.Match) -> str:
-        try:
-            value = _python_value(block[1])
-        except ValueError:
-            raise reason from None
-        return f"<tool_call>\n{dump_json(value)}\n</tool_call>"
-
-    message = split_reply(_CALL_BLOCK.sub(as_json, text), "hermes")
-    notice("has calls written as Python prints them, read as JSON")
-    return message
-
-
-def _results(text: str) -> list[str]:
-    found = _RESULT_BLOCK.findall(text)
-    outside = _RESULT_BLOCK.sub("", text).strip()
-    _expect(not found or not outside, f"text outside <tool_response>: {outside[:20]!r}")
-    return found or [text]
-
-
-def _take_tools(text: str, tools: list[dict], notice: Callable[[str], None]) -> str:
-    """The system text without its tools block; the block's tools go to `tools` if it is empty."""
-    block = _TOOLS_BLOCK.search(text)
-    if not block:
-        return text
-    inside, values, at = block[1], [], 0
-    try:
-        while at < len(inside):  # one list, or one object a line
-            value, at = decode_json(inside, at)
-            values += value if isinstance(value, list) else [value]
-            at += len(inside[at:]) - len(inside[at:].lstrip())
-    except ValueError:
-        value = _python_value(inside)
-        values = value if isinstance(value, list) else [value]
-        notice("has tools written as Python prints them, read as JSON")
-    found = _tools(values, "<tools>")
-    if tools and found != tools:
-        notice("has other tools in its system message than beside it; the latter are used")
-    tools[:] = tools or found
-    return f"{text[:block.start()].rstrip()} {text[block.end():].lstrip()}".strip()
+        plain = standard_tool(tool)
+        if plain != tool:
+            notice("has types in its tools that JSON Schema lacks (dict, float …), read as its own")
+        _expect(name not in tools or mend and tools[name] == plain,
+                f"{at}: a second tool named {name!r}; expected one")
+        if name in tools:
+            notice("has a tool twice, read as one")
+        tools[name] = plain
+    return list(tools.values())
 
 
 # --- the order of messages ------------------------------------------------------------------------
@@ -342,6 +352,8 @@ def _joined(before: Message, message: Message, field: str) -> Message:
     """Two assistant messages in a row: calls may follow a text or calls, as one turn."""
     _expect(message.tool_calls != () and not message.content and not message.thinking,
             f"{field}: a second assistant message in a row; expected a user message or a result")
+    _expect(before.trained == message.trained,
+            f"{field}: one half of a turn carries loss, the other none; expected the same of both")
     return replace(before, tool_calls=before.tool_calls + message.tool_calls)
 
 
@@ -369,3 +381,21 @@ def _check_order(read: list[tuple[str, Message]]) -> None:
                     f"{field}: tool_call_id {message.tool_call_id!r} is of no call before it")
         before = role
     _expect(before not in (None, "system"), "no user message; expected one")
+
+
+def _by_call(messages: list[Message], notice: Callable[[str], None]) -> list[Message]:
+    """The messages with results in the order of their calls, where both have ids."""
+    ordered: list[Message] = []
+    ids: list[str | None] = []
+    for role, group in itertools.groupby(messages, key=lambda message: message.role):
+        group = list(group)
+        given = [message.tool_call_id for message in group]
+        if role == "tool" and len(set(ids)) == len(ids) and set(given) <= set(ids) - {None}:
+            _expect(len(set(given)) == len(given), "two results of one call; expected one of each")
+            placed = sorted(group, key=lambda message: ids.index(message.tool_call_id))
+            if placed != group:
+                notice("has results in another order than its calls, read in theirs")
+            group = placed
+        ids = [call.id for call in group[-1].tool_calls]
+        ordered += group
+    return ordered

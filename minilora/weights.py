@@ -63,26 +63,38 @@ def locate(source: str | Path, allow: Sequence[str]) -> Path:
     folder, name = builtin(source), str(source)
     if name and folder.is_dir():
         return folder
-    neither = UserError(f"{name}: not a folder, and not a hub id of the form org/name such as "
-                        "google/gemma-2-2b-it")
     parts = name.split("/")
     if folder.exists() or name[:1] in "./~" or len(parts) != 2 or not all(parts):
-        raise neither
-    page = f"https://huggingface.co/{name}"
+        raise UserError(f"{name}: not a folder, and not a hub id of the form org/name such as "
+                        "google/gemma-2-2b-it")
+    return snapshot(name, allow)
+
+
+def snapshot(name: str, allow: Sequence[str], kind: str = "model") -> Path:
+    """The folder with the files of a hub repository (a model's or a dataset's) of some patterns.
+
+    What the cache has is not fetched again. Raises UserError as `locate` does.
+    """
+    dataset = kind == "dataset"
+    page = f"https://huggingface.co/{'datasets/' if dataset else ''}{name}"
+    thing, form = (("file or folder", "org/name") if dataset else
+                   ("folder", "org/name such as google/gemma-2-2b-it"))
+    where = {"repo_type": "dataset"} if dataset else {}
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(allow)))
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(allow), **where))
     except hub.HFValidationError:
-        raise neither from None
+        raise UserError(f"{name}: not a {thing}, and not a hub id of the form {form}") from None
     except hub.GatedRepoError:
         raise UserError(f"{name}: needs its licence accepted: do so on {page}, then set HF_TOKEN "
                         "to a token of that account or run `hf auth login`") from None
     except hub.RepositoryNotFoundError:
-        raise UserError(f"{name}: no such folder, and no such repository at {page}; check the "
+        raise UserError(f"{name}: no such {thing}, and no such repository at {page}; check the "
                         "name, and if it is private set HF_TOKEN or run `hf auth login`") from None
     except Exception as error:  # also its transport's own errors, other ones in every release
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: not a folder here, and the hub could not be read ({reason}); go "
-                        "online, or pass a folder that holds the checkpoint") from None
+        instead = "the name of a file" if dataset else "a folder that holds the checkpoint"
+        raise UserError(f"{name}: not a {thing} here, and the hub could not be read ({reason}); go "
+                        f"online, or pass {instead}") from None
 
 
 def _shards(folder: Path) -> dict[Path, set[str] | None]:

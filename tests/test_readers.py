@@ -1,15 +1,18 @@
-"""readers.py: rows of four layouts, what is wrong with a file or a row."""
+"""readers.py, formats.py: rows of many layouts, what is wrong with a file or a row."""
 
+import itertools
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import LAW, TOOL
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilora.chat import Message, ToolCall, render
+from minilora.chat import Conversation, Message, ToolCall, render
 from minilora.config import UserError
-from minilora.readers import read_conversations
+from minilora.formats import standard_tool
+from minilora.readers import iterate_rows, openai_row, read_conversations
 
 
 @pytest.fixture
@@ -28,6 +31,7 @@ def reader(tmp_path):
 FLAT = TOOL["function"]
 ARGUMENTS = {"city": "Zürich", "days": None}
 RESULT = '{"sky": "clear"}'
+USER, REPLY = ("user", "?"), ("assistant", "!")
 
 
 def chat(*messages, **row) -> dict:
@@ -77,6 +81,18 @@ LAYOUTS = {
         {"from": "gpt", "value": tagged({"arguments": ARGUMENTS, "name": "get_weather"})},
         {"from": "human", "value": f"<tool_response>\n{RESULT}\n</tool_response>"},
         {"from": "gpt", "value": "Clear."}]},
+    "tools and schemas as text, typed parts": chat(
+        ("system", {"content": [{"type": "text", "text": "Brief."}]}),
+        ("user", {"content": [{"type": "input_text", "text": "Wea"}, {"text": "ther?"}]}),
+        ("assistant", {"content": None, **call()}),
+        ("tool", {"content": [{"type": "text", "text": RESULT}]}),
+        ("assistant", {"content": [{"type": "output_text", "text": "Clear."}]}),
+        tools=[json.dumps({**FLAT, "parameters": json.dumps(FLAT["parameters"])})]),
+    "Glaive's text": {
+        "system": f"SYSTEM: Brief. -\n{json.dumps(FLAT, indent=1)}\n",
+        "chat": "USER: Weather?\n\n\nASSISTANT: <functioncall> {\"name\": \"get_weather\", "
+                f"\"arguments\": '{json.dumps(ARGUMENTS)}'}} <|endoftext|>\n\n\nFUNCTION RESPONSE: "
+                f"{RESULT}\n\n\nASSISTANT: Clear. <|endoftext|>\n\n"},
 }
 
 
@@ -84,8 +100,8 @@ LAYOUTS = {
 def test_every_layout_reads_as_the_same_conversation(reader, layout):
     (found,), problems, notices = reader(LAYOUTS[layout])
     assert problems == []
-    assert [" as Python prints them" in notice for notice in notices] == (
-        [True, True] if "Python" in layout else [])
+    assert [" read as JSON" in notice for notice in notices] == (
+        [True] * {"Glaive's text": 1, "sharegpt with tags as Python prints": 2}.get(layout, 0))
     bare = [(m.role, m.content, tuple((c.name, c.arguments) for c in m.tool_calls))
             for m in found.messages]
     assert bare == [("system", "Brief.", ()), ("user", "Weather?", ()),
@@ -138,6 +154,9 @@ def test_tools_in_a_system_text(reader):
     assert two.tools == (TOOL, other) and own.tools == (TOOL,)
     assert two.messages[0].content == "Signatures are within <tools> </tools> tags. Use them."
     assert len(notices) == 1 and "(row 2) has other tools in its system message" in notices[0]
+    (both,), _, _ = reader(chat(("system", f"A <tools>{json.dumps([TOOL])}</tools> b "
+                                           f"<tools>{json.dumps([other])}</tools>"), *turns))
+    assert both.tools == (TOOL, other) and both.messages[0].content == "A b"
 
 
 def test_a_call_of_a_tool_not_on_offer_is_noticed(reader):
@@ -172,6 +191,233 @@ def test_calls_are_read_as_they_were_written(tmp_path_factory, wanted):
     for conversation in found:
         assert [(c.name, c.arguments) for c in conversation.messages[-1].tool_calls] == wanted
     assert len(found) == 4
+
+
+# --- one conversation in every layout -------------------------------------------------------------
+
+words = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]), min_size=1).map(
+    str.strip).filter(bool)
+results = st.dictionaries(st.text(max_size=3), st.integers(), max_size=2).map(json.dumps)
+
+
+@st.composite
+def conversations(draw) -> Conversation:
+    """System text or none, questions with calls and results or without, answers, thinking."""
+    names = draw(st.lists(words, min_size=1, max_size=3, unique=True))
+    tools = tuple({"type": "function", "function": {"name": name, "parameters": {
+        "type": "object", "properties": {}}}} for name in names)
+    messages = [Message("system", draw(words))] if draw(st.booleans()) else []
+    for turn in range(draw(st.integers(1, 2))):
+        messages.append(Message("user", draw(words)))
+        calls = tuple(ToolCall(draw(st.sampled_from(names)), draw(arguments), f"c{turn}{number:07}")
+                      for number in range(draw(st.integers(0, 3))))
+        if calls:
+            messages.append(Message("assistant", "", "", calls))
+            messages += [Message("tool", draw(results), tool_call_id=call.id) for call in calls]
+        messages.append(Message("assistant", draw(words), draw(st.just("") | words)))
+    return Conversation(tuple(messages), tools)
+
+
+def plain(call: ToolCall) -> dict:
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def mistral(conversation: Conversation) -> dict:
+    """mistral-finetune's: arguments as text, no content beside calls; results out of order."""
+    row = openai_row(conversation)
+    for message in row["messages"]:
+        for each in message.get("tool_calls", ()):
+            each["function"]["arguments"] = json.dumps(each["function"]["arguments"])
+            message.pop("content", None)
+    for at, message in enumerate(row["messages"]):
+        if message["role"] == "tool" and row["messages"][at - 1]["role"] == "tool":
+            row["messages"][at - 1:at + 1] = row["messages"][at - 1:at + 1][::-1]
+    return row
+
+
+def typed(conversation: Conversation) -> dict:
+    row = openai_row(conversation)
+    for message in row["messages"]:
+        message["content"] = [{"type": "text", "text": message["content"]}]
+        if "reasoning_content" in message:
+            message["content"].insert(0, {"type": "reasoning",
+                                          "text": message.pop("reasoning_content")})
+    return row
+
+
+def sharegpt(conversation: Conversation) -> dict:
+    """Roles for calls and results; no ids."""
+    turns = []
+    for message in conversation.messages:
+        if message.tool_calls:
+            turns.append({"from": "function_call", "value": json.dumps(
+                [plain(call) for call in message.tool_calls])})
+        else:
+            kind = {"tool": "observation", "user": "human", "assistant": "gpt"}
+            turns.append({"from": kind.get(message.role, message.role), "value": message.content,
+                          "thinking": message.thinking})
+    return {"conversations": turns, "tools": json.dumps(
+        [tool["function"] for tool in conversation.tools])}
+
+
+def hermes(conversation: Conversation, write=json.dumps) -> dict:
+    """Everything in the text."""
+    head = (f"<tools> {write(list(conversation.tools))} </tools>")
+    messages = list(conversation.messages)
+    if messages[0].role == "system":
+        head = f"{messages.pop(0).content}\n{head}"
+    turns = [{"from": "system", "value": head}]
+    for role, group in itertools.groupby(messages, key=lambda message: message.role):
+        for message in group if role != "tool" else ():
+            tags = [tagged(write(plain(call))) for call in message.tool_calls]
+            think = [f"<think>\n{message.thinking}\n</think>"] if message.thinking else []
+            turns.append({"from": {"user": "human", "assistant": "gpt"}[role],
+                          "value": "\n".join([*think, message.content, *tags])})
+        if role == "tool":
+            turns.append({"from": "tool", "value": "\n".join(
+                f"<tool_response>\n{message.content}\n</tool_response>" for message in group)})
+    return {"conversations": turns}
+
+
+def without_ids(conversation: Conversation) -> Conversation:
+    return replace(conversation, source="", messages=tuple(
+        replace(message, tool_call_id=None, tool_calls=tuple(
+            ToolCall(call.name, call.arguments) for call in message.tool_calls))
+        for message in conversation.messages))
+
+
+@LAW
+@given(conversation=conversations())
+def test_a_conversation_is_the_same_in_every_layout(tmp_path_factory, conversation):
+    path = tmp_path_factory.mktemp("layouts") / "data.json"
+    with_ids, without = [openai_row, mistral, typed], [sharegpt, hermes]
+    text = repr([message.tool_calls for message in conversation.messages])
+    if "</tool" not in text:  # in a string of Python, a tag cannot be told from a tag
+        without.append(lambda conversation: hermes(conversation, str))
+    rows = [layout(conversation) for layout in with_ids + without]
+    path.write_text(json.dumps(rows), encoding="utf-8")
+    found = read_conversations(path, on_notice=lambda notice: None)
+    for layout, one in zip(with_ids + without, found, strict=True):
+        if layout in with_ids:
+            assert replace(one, source="") == conversation, layout
+        else:
+            assert without_ids(one) == without_ids(conversation), layout
+
+
+def test_xlam_rows(reader):
+    """Tools with parameters by name, types of Python; calls as text."""
+    tool = {"name": "find", "description": "Finds", "parameters": {
+        "type": {"description": "Kind", "type": "str"},
+        "ids": {"description": "Ids", "type": "List[int], optional", "default": []},
+        "deep": {"type": "Dict[str, int], optional"}, "any": {"type": "Any"}}}
+    row = {"id": 1, "query": "Find it.", "tools": json.dumps([tool]), "answers": json.dumps(
+        [{"name": "find", "arguments": {"type": "a"}}, {"name": "find", "arguments": {}}])}
+    listed = {**row, "tools": [tool], "answers": json.loads(row["answers"])}
+    found, problems, notices = reader(row, listed, {**row, "answers": "[]"}, {**row, "query": ""})
+    assert [found[0].messages, found[0].tools] == [found[1].messages, found[1].tools]
+    assert found[0].messages == (Message("user", "Find it."), Message("assistant", tool_calls=(
+        ToolCall("find", {"type": "a"}), ToolCall("find", {}))))
+    assert found[0].tools[0]["function"]["parameters"] == {"type": "object", "properties": {
+        "type": {"description": "Kind", "type": "string"},
+        "ids": {"description": "Ids", "items": {"type": "integer"}, "type": "array", "default": []},
+        "deep": {"type": "object"}, "any": {}}, "required": ["type", "any"]}
+    assert "(row 3): answers: the assistant says nothing" in problems[0]
+    assert "(row 4): query: the user says nothing" in problems[1]
+    assert len(notices) == 1 and "types in its tools that JSON Schema lacks" in notices[0]
+
+
+def test_glaive_rows(reader):
+    r"""Turns begin a line, quotes in arguments are \', text and call are one turn."""
+    call = r'''{"name": "say", "arguments": '{"text": "it\'s \"x\"", "n": true}'}'''
+    text = (f"USER: Say it: USER: me\n\n\nASSISTANT: Wait. <functioncall> {call} <|endoftext|>"
+            "\n\n\nFUNCTION RESPONSE: ok\n\n\nASSISTANT: Said. <|endoftext|>")
+    row = {"system": "SYSTEM: No functions.", "chat": text}
+    (found,), problems, _ = reader(row, {"chat": "Hello"}, {"chat": text.replace("true", "?")},
+                                   {**row, "system": "SYSTEM: {x"})
+    assert found.messages == (
+        Message("system", "No functions."), Message("user", "Say it: USER: me"),
+        Message("assistant", "Wait.", tool_calls=(
+            ToolCall("say", {"text": 'it\'s "x"', "n": True}),)),
+        Message("tool", "ok"), Message("assistant", "Said."))
+    assert "(row 2): chat: begins with 'Hello'; expected USER:" in problems[0]
+    assert "(row 3): chat, part 2: arguments: not JSON" in problems[1]
+    assert "(row 4): system: neither JSON" in problems[2] and len(problems) == 3
+
+
+@pytest.mark.parametrize("mark, trained", [
+    ({"weight": 0}, False), ({"weight": 1}, True), ({"weight": None}, True),
+    ({"weight": 0.0}, False), ({"train": False}, False), ({"loss": False}, False),
+    ({"train": True, "loss": False}, False),
+])
+def test_messages_that_carry_no_loss(reader, mark, trained):
+    (found,), problems, _ = reader(chat(USER, ("assistant", {"content": "a", **mark}), USER, REPLY))
+    assert not problems and [m.trained for m in found.messages] == [True, trained, True, True]
+
+
+def test_results_go_in_the_order_of_their_calls(reader):
+    """Where all have ids; where one has none, or ids are not unique, they stay as they stand."""
+    def row(ids, given):
+        return chat(USER, ("assistant", {"tool_calls": [
+            {"id": id, "function": {"name": "f", "arguments": {}}} for id in ids]}),
+            *(("tool", {"content": str(n), **({"tool_call_id": id} if id else {})})
+              for n, id in enumerate(given)))
+
+    found, problems, notices = reader(
+        row("abc", "cab"), row("abc", "ca"), row("abc", ["c", None, "a"]), row(["a", None], "a"),
+        row("aa", "aa"), row("ab", "aa"))
+    assert [[m.content for m in one.messages[2:]] for one in found] == [
+        ["1", "2", "0"], ["1", "0"], ["0", "1", "2"], ["0"], ["0", "1"]]
+    assert len(problems) == 1 and "(row 6): two results of one call" in problems[0]
+    assert "results in another order" in notices[1] and "(and 1 more rows" in notices[1]
+
+
+GOOD = {"type": "object", "properties": {
+    "type": {"type": "string", "enum": ["dict", "float"]}, "dict": {"type": ["integer", "null"]},
+    "items": {"type": "array", "items": {"anyOf": [{"type": "number"}, {"$ref": "#/$defs/a"}]}}},
+    "$defs": {"a": {"type": "boolean", "default": {"type": "dict"}}}, "required": ["type"],
+    "additionalProperties": False}
+
+
+def test_schemas_get_the_words_of_json_schema():
+    assert standard_tool(TOOL) == TOOL
+    assert standard_tool({"name": "f", "parameters": GOOD}) == {"name": "f", "parameters": GOOD}
+    bfcl = {"type": "dict", "properties": {
+        "a": {"type": "float"}, "b": {"type": "tuple", "items": {"type": "String"}},
+        "c": {"type": "any", "description": "What"}, "type": {"type": "dict", "properties": {
+            "d": {"type": "HashMap", "additionalProperties": {"type": "long"}}}},
+        "e": {"anyOf": [{"type": "Boolean"}, {"type": ["ArrayList", "null"]}]},
+        "f": {"type": ["float", "any"]}, "g": {"type": "list[float]"}, "h": {"type": "Matrix"}}}
+    wanted = {"type": "object", "properties": {
+        "a": {"type": "number"}, "b": {"type": "array", "items": {"type": "string"}},
+        "c": {"description": "What"}, "type": {"type": "object", "properties": {
+            "d": {"type": "object", "additionalProperties": {"type": "integer"}}}},
+        "e": {"anyOf": [{"type": "boolean"}, {"type": ["array", "null"]}]},
+        "f": {}, "g": {"items": {"type": "number"}, "type": "array"}, "h": {"type": "Matrix"}}}
+    for nested in (False, True):
+        def tool(parameters, nested=nested):
+            flat = {"name": "f", "parameters": parameters}
+            return {"type": "function", "function": flat} if nested else flat
+        assert standard_tool(tool(bfcl)) == tool(wanted)
+        assert list(standard_tool(tool(bfcl))) == list(tool(wanted))
+
+
+def test_what_mending_puts_right(reader, tmp_path):
+    twice = chat(USER, USER, REPLY, ("user", " "), tools=[FLAT, TOOL])
+    rows = [twice, chat(USER, REPLY), chat(USER, ("assistant", "")), chat(USER, REPLY, REPLY),
+            chat(USER, ("tool", "a")), chat(USER, REPLY, tools=[FLAT, {**FLAT, "strict": True}]),
+            chat(USER, ("assistant", call()), ("tool", ""), tools=[FLAT])]
+    found, problems, _ = reader(*rows)
+    assert len(found) == 2
+    mended = list(iterate_rows(tmp_path / "data.jsonl", mend=True))
+    assert [row.conversation is not None for row in mended] == [
+        True, True, True, False, False, False, True]
+    assert [(m.role, m.content) for m in mended[0].conversation.messages] == [
+        ("user", "?\n\n?"), ("assistant", "!")]
+    assert mended[0].notes == ("has a tool twice, read as one", "has an empty message at its end, "
+                               "left out", "has user messages that follow each other, joined")
+    for row, readable in ((mended[1], found[0]), (mended[6], found[1])):
+        assert row.conversation == readable and row.notes == ()
+    assert [m.role for m in mended[2].conversation.messages] == ["user"]
 
 
 # --- files ----------------------------------------------------------------------------------------
@@ -233,9 +479,6 @@ def test_bad_rows_are_named_and_the_others_are_read(reader):
         ":2 (row 2)", ":4 (row 4)"]
 
 
-USER, REPLY = ("user", "?"), ("assistant", "!")
-
-
 @pytest.mark.parametrize("row, problem", [
     (7, "not an object"),
     ({}, "no messages in the row; expected messages or conversations, not an empty object"),
@@ -279,6 +522,17 @@ USER, REPLY = ("user", "?"), ("assistant", "!")
      "messages[2]: text outside <tool_response>"),
     (chat(USER, ("function_call", "f()")), "messages[1]: not JSON"),
     (chat(USER, ("assistant", call()), ("tool", {"name": 3})), "messages[2].name is not text"),
+    (chat(USER, ("assistant", {"content": "b", "weight": 0.5})), "messages[1].weight is 0.5; exp"),
+    (chat(USER, ("assistant", {"content": "b", "train": "no"})), "messages[1].train is 'no'; exp"),
+    (chat(("user", {"content": [{"type": "text", "text": "a"}, {"type": "image_url"}]})),
+     "messages[0]: the content[1]: a part of type 'image_url'; expected text"),
+    (chat(("user", {"content": [{"type": "text"}]})), "the content[0]: a part without a text"),
+    (chat(("user", {"content": [{"type": "thinking", "text": "a"}, {"text": "b"}]})),
+     "messages[0]: thinking of a user"),
+    (chat(USER, ("assistant", {"content": "<think>a</think>b", "thinking": "c"})), "in two places"),
+    (chat(USER, ("assistant", {"content": "<think>a</think><think>b</think>c"})), "in two places"),
+    (chat(USER, ("assistant", {"content": "a", "weight": 0}), ("assistant", call())), "one half"),
+    (chat(USER, REPLY, tools=[{"name": "f", "parameters": "["}]), "tools[0].parameters: not JSON"),
     (chat(USER, REPLY, tools="["), "tools: not JSON"),
     (chat(USER, REPLY, tools={"name": "f"}), "tools is not a list"),
     (chat(USER, REPLY, tools=["f"]), "tools[0] is not an object"),
@@ -320,3 +574,6 @@ def test_any_row_reads_and_renders_or_is_a_problem(tmp_path_factory, tokenizer, 
     assert len(found) + len(problems) == 1 and "\n" not in "".join(problems)
     for conversation in found:
         render(conversation, tokenizer)
+        path.write_text(json.dumps(openai_row(conversation)))
+        assert read_conversations(path, on_notice=lambda notice: None)[0].messages == (
+            conversation.messages)

@@ -1,0 +1,123 @@
+"""What a run will need, told from the model's shape alone: no weights are read.
+
+    parameters  counted on a model without memory (PyTorch's meta device)
+    weights     theirs, with gradient and AdamW's two moments for what is trained
+    activations what autograd keeps of one layer for a token, times layers and tokens, and the
+                logits of one chunk of the loss
+    time        one layer of that shape, with random weights, is run forward and backward for about
+                a second on the device; times layers and tokens. The vocabulary's share is taken to
+                run at the same speed: 4·V·D FLOPs for each token that carries loss, against the
+                layer's 4 per parameter (2 forward, 2 backward; a frozen weight has no gradient of
+                its own, which would be 2 more)
+"""
+
+import dataclasses
+import time
+
+import torch
+
+from minilora.config import GemmaConfig, LoraConfig, TrainConfig
+from minilora.lora import attach, trainable
+from minilora.loss import CHUNK
+from minilora.model import Gemma
+from minilora.trainer import weight_bytes
+
+LOOK = 0.5  # seconds that the last look at the layer shall take at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """Of a run: numbers of parameters, bytes and seconds."""
+
+    parameters: int
+    trained_parameters: int
+    weight_bytes: int
+    activation_bytes: int
+    seconds_per_step: float
+
+
+def expect(shape: GemmaConfig, lora: LoraConfig, config: TrainConfig, new_tokens: int,
+           trained_share: float, device: torch.device, dtype: torch.dtype) -> Needs:
+    """What a run with these settings needs on the device; `trained_share` of its tokens carry loss.
+
+    Takes a second or two. Raises UserError for LoRA settings that do not fit the model.
+    """
+    with torch.device("meta"):
+        model = Gemma(shape).to(dtype)
+    parameters = sum(p.numel() for p in model.parameters())
+    attach(model, dataclasses.replace(lora, init="kaiming"))  # the numbers do not matter here
+    rows = new_tokens * shape.hidden_size
+    trained = rows + sum(p.numel() for p in trainable(model).values())
+    layers, tokens = shape.num_hidden_layers, config.batch * config.length
+
+    layer = _one_layer(shape, lora, device, dtype)
+    kept = _kept_bytes(layer, min(64, config.length))
+    activations = tokens * kept * layers + 3 * 4 * CHUNK * shape.vocab_size
+    seconds = _seconds_per_token(layer, config)
+    if config.recompute:  # each layer keeps its input, one at a time the rest; forward runs twice
+        width = shape.hidden_size * torch.finfo(dtype).bits // 8
+        activations -= tokens * (kept - width) * (layers - 1)
+        seconds *= 4 / 3
+    weights = sum(p.numel() for p in layer.layers.parameters() if not p.requires_grad)
+    speed = 4 * weights / seconds  # FLOPs a second
+    head = 4 * shape.vocab_size * shape.hidden_size * trained_share / speed
+    return Needs(parameters + (rows if config.new_tokens == "append" else 0), trained,
+                 weight_bytes(model) + 16 * rows, int(activations),
+                 config.accumulate * tokens * (layers * seconds + head))
+
+
+def _one_layer(shape: GemmaConfig, lora: LoraConfig, device: torch.device, dtype: torch.dtype,
+               ) -> Gemma:
+    """A model of one layer and a table of a few rows, with random weights."""
+    small = dataclasses.replace(shape, num_hidden_layers=1, layer_types=shape.layer_types[:1],
+                                vocab_size=8)
+    with torch.device("meta"):
+        model = Gemma(small).to(dtype)
+    attach(model, LoraConfig(rank=lora.rank, dora=lora.dora, dropout=lora.dropout))
+    model.to_empty(device=device)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    # As in every layer but the first, the gradient goes on to what came before.
+    model.embed_tokens.weight.requires_grad_(True)
+    return model
+
+
+def _forward(model: Gemma, rows: int, length: int) -> torch.Tensor:
+    ids = torch.zeros(rows, length, dtype=torch.long, device=model.embed_tokens.weight.device)
+    return model.hidden_states(ids, documents=torch.ones_like(ids))
+
+
+def _kept_bytes(model: Gemma, tokens: int) -> float:
+    """Bytes that autograd keeps of the layer for one token, the parameters aside."""
+    kept: dict[int, torch.Tensor] = {}  # by where their memory is
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other gets its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        _forward(model, 1, tokens)
+    for parameter in model.parameters():
+        kept.pop(parameter.untyped_storage().data_ptr(), None)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
+
+
+def _seconds_per_token(model: Gemma, config: TrainConfig) -> float:
+    """Of the layer, forward and backward: with more tokens each time, up to a batch or `LOOK`."""
+    rows, length = 1, min(64, config.length)
+
+    def once() -> float:
+        began = time.perf_counter()
+        _forward(model, rows, length).sum().backward()
+        if model.embed_tokens.weight.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    while True:
+        took = min(once(), once())  # the first time also warms up
+        if took > LOOK or (rows, length) == (config.batch, config.length):
+            return took / (rows * length)
+        if length < config.length:
+            length = min(2 * length, config.length)
+        else:
+            rows = min(2 * rows, config.batch)
