@@ -13,6 +13,7 @@ adapter to the hub. Ctrl-C saves and leaves.
 import argparse
 import dataclasses
 import json
+import re
 import resource
 import signal
 import sys
@@ -22,6 +23,8 @@ from pathlib import Path
 
 import torch
 
+from minilora.bfcl import ask
+from minilora.cache import Dataset, load_examples
 from minilora.checkpoint import export_merged, save_adapter
 from minilora.config import (
     NANO,
@@ -33,12 +36,12 @@ from minilora.config import (
     from_flags,
     read_settings,
 )
-from minilora.data import batches, make_examples, split, summary
+from minilora.data import batches, column, count_tokens
 from minilora.evaluate import Report, evaluate
 from minilora.files import write_file, write_json
 from minilora.hub import add_push_flags, check_push, model_card, push
 from minilora.lora import attach, trainable
-from minilora.readers import read_conversations, refuse, warn
+from minilora.readers import refuse, warn
 from minilora.report import (
     append_metrics,
     count,
@@ -50,6 +53,7 @@ from minilora.report import (
     say,
     table,
 )
+from minilora.sources import split_data
 from minilora.state import latest_state, load_state, save_state
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
@@ -60,6 +64,7 @@ from minilora.trainer import (
     plan_steps,
     stream_batches,
     train_step,
+    weight_bytes,
 )
 from minilora.weights import load_model, placement
 
@@ -82,34 +87,31 @@ def main() -> None:
     model.recompute = config.recompute
     trained = sum(p.numel() for p in trainable(model).values())
 
-    # --- the data: conversations, tokens, batches
-    on_problem = warn if config.skip else refuse
-    conversations = read_conversations(config.data.split(","), on_problem)
+    # --- the data: conversations to tokens, which are kept on disk, and tokens to batches
+    examples = read(config.data, tokenizer, config)
     if config.eval_data:
-        held_out = read_conversations(config.eval_data.split(","), on_problem)
+        held_out = read(config.eval_data, tokenizer, config)
     else:
-        conversations, held_out = split(conversations, config.eval_share, config.seed)
-    examples, held_out_examples = (
-        make_examples(some, tokenizer, config.dialect, config.length, config.train_on, on_problem)
-        for some in (conversations, held_out))
-    if not examples:
+        examples, held_out = examples.split(config.eval_share, config.seed)
+    if not column(examples, "weight").any():
         raise UserError(f"{config.data}: no conversation to train on is left")
     steps = plan_steps(examples, config)
-    held_out_batches = batches(held_out_examples, config.batch, config.length, pack=config.pack)
-    asked = held_out[:config.eval_calls]
+    held_out_batches = batches(held_out, config.batch, config.length, pack=config.pack)
+    asked = held_out.conversations(config.eval_calls)
 
-    facts = summary(conversations, examples)
+    facts = count_tokens(examples)
     say(table([
         ("model", f"{config.model}: {model.config.model_type}, {count(base)} parameters, "
                   f"{dtype} on {device}".replace("torch.", "")),
         ("trains", f"{count(trained)} parameters ({trained / base:.2%}): rank {lora.rank} on "
                    f"{len(wrapped)} linears, {len(new_tokens)} new tokens"),
-        ("data", f"{len(examples)} conversations, {count(facts['tokens'])} tokens, "
+        ("data", f"{facts['used']} conversations, {count(facts['tokens'])} tokens, "
                  f"{count(facts['trained'])} trained ({facts['trained'] / facts['tokens']:.0%}); "
-                 f"{facts['cut']} cut to fit; {len(held_out)} held out"),
+                 f"{facts['split']} split and {facts['cut']} cut to fit; "
+                 f"{count_tokens(held_out)['used']} held out"),
         ("steps", f"{steps} of {config.batch} × {config.length} tokens"
                   + (f" × {config.accumulate}" if config.accumulate > 1 else "")),
-        ("memory", f"{count(weight_bytes(model, trained))}B for weights, adapters and optimizer; "
+        ("memory", f"{count(weight_bytes(model))}B for weights, adapters and optimizer; "
                    "activations come on top"),
         ("out", f"{out}"),
     ]))
@@ -146,7 +148,7 @@ def main() -> None:
             record = {"step": step + 1, "loss": done.loss, "grad_norm": done.grad_norm, "lr": lr,
                       "tokens": done.tokens, "trained": done.trained,
                       "seconds": round(now - began, 3)}
-            if held_out_examples and ((step + 1) % look == 0 or step + 1 == steps):
+            if held_out_batches and ((step + 1) % look == 0 or step + 1 == steps):
                 record["held_out_loss"] = held_out_loss(model, held_out_batches)
                 say(f"step {step + 1}: loss {done.loss:.4f}, held out "
                     f"{record['held_out_loss']:.4f}")
@@ -185,7 +187,7 @@ def main() -> None:
               "after_95": after.calls.interval, "after_of": after.calls.total,
               "no_tool_before": state.get("no_tool_before"), "no_tool_after": after.no_tool.value,
               "no_tool_after_95": after.no_tool.interval, "no_tool_after_of": after.no_tool.total,
-              "steps": steps, "conversations": len(examples),
+              "steps": steps, "conversations": facts["used"],
               "seconds": round(time.perf_counter() - STARTED, 1),
               "train_seconds": round(seconds, 1),
               "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
@@ -250,8 +252,9 @@ def settings(flags: argparse.Namespace) -> tuple[LoraConfig, TrainConfig, Path]:
 
 def new_folder(data: str) -> Path:
     """runs/NAME, or the first of runs/NAME-2, runs/NAME-3 … that is free."""
-    first = data.split(",")[0]
+    first = split_data(data)[0][0]
     name = "nano" if builtin(first).parent == NANO else Path(first).stem
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-") or "data"  # of 'parts/*.jsonl', org/set:test
     folder, number = Path("runs") / name, 1
     while folder.exists():
         number += 1
@@ -259,11 +262,22 @@ def new_folder(data: str) -> Path:
     return folder
 
 
+def read(data: str, tokenizer, config: TrainConfig) -> Dataset:
+    """The examples of some files; a bar counts the conversations that no earlier run has read."""
+    def end(problem: str) -> None:
+        refuse(f"{problem} (--skip leaves such rows out; python -m minilora validate {data} names "
+               "all of them and can mend some)")
+
+    with progress(None, unit="conversation") as bar:
+        return load_examples(data, tokenizer, config.dialect, config.length, config.train_on,
+                             warn if config.skip else end, on_row=bar.update)
+
+
 def answer(model, tokenizer, asked: list, config: TrainConfig, when: str) -> Report:
     """Lets the model answer held-out conversations for real; keeps what it wrote."""
     with progress(len(asked), unit="question") as bar:
         bar.set_description(f"calls {when}")
-        report = evaluate(model, tokenizer, asked, config.dialect,
+        report = evaluate(model, tokenizer, ask(asked), config.dialect,
                           progress=lambda done, of: bar.update(done - bar.n))
     say(f"{when}: calls right {report.calls}; no tool needed {report.no_tool}")
     return report
@@ -281,11 +295,6 @@ def leave_on_interrupt() -> threading.Event:
 
     signal.signal(signal.SIGINT, handle)
     return stop
-
-
-def weight_bytes(model, trained: int) -> int:
-    """Bytes of weights and, for what is trained, of gradient and AdamW's two moments."""
-    return sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minilora.chat import get_dialect
 from minilora.config import TrainConfig, UserError
 from minilora.data import IGNORED, Batch, Example, batches
+from minilora.dialects import get_dialect
 from minilora.lora import trainable
 from minilora.loss import token_loss
 from minilora.model import Gemma
@@ -23,14 +23,15 @@ from minilora.tokenizer import Tokenizer
 def add_dialect(model: Gemma, tokenizer: Tokenizer, dialect: str, mode: str) -> list[int]:
     """Gives the dialect's tokens their ids and trainable rows, in one step; returns the ids.
 
-    Each row starts from the mean of the pieces of the token's description. A base that knows all of
-    the tokens already (a merged model) gets none.
+    Each row starts from the mean of the pieces of the token's description. A token that the base
+    knows already (a merged model, FunctionGemma) keeps the row that it has.
     """
     described = get_dialect(dialect).tokens
     table = model.embed_tokens
+    fresh = [token for token in described if not tokenizer.knows(token)]
     ids = tokenizer.add_tokens(described, mode, first=table.num_embeddings)
-    new = [(i, text) for i, text in zip(ids, described.values(), strict=True)
-           if mode == "reserved" or i >= table.num_embeddings]
+    new = [(i, text) for i, (token, text) in zip(ids, described.items(), strict=True)
+           if token in fresh or i >= table.num_embeddings]
     if new:
         start = table.start([tokenizer.encode(text) for _, text in new])
         table.add_rows([i for i, _ in new], start)
@@ -69,6 +70,12 @@ def make_optimizer(model: Gemma, config: TrainConfig) -> torch.optim.AdamW:
     fused = model.embed_tokens.weight.device.type == "cuda"
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=config.lr,
                              betas=(0.9, 0.999), fused=fused)
+
+
+def weight_bytes(model: Gemma) -> int:
+    """Bytes of weights and, for what is trained, of gradient and AdamW's two moments (float32)."""
+    trained = sum(p.numel() for p in trainable(model).values())
+    return sum(p.numel() * p.element_size() for p in model.parameters()) + 12 * trained
 
 
 @dataclass(frozen=True)

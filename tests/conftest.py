@@ -13,8 +13,8 @@ import torch
 from hypothesis import settings
 from tiny_tokenizer import make_tokenizer_model
 
-from minilora.chat import DIALECTS
 from minilora.config import NANO, GemmaConfig
+from minilora.dialects import DIALECTS
 from minilora.model import Gemma
 from minilora.tokenizer import Tokenizer
 
@@ -82,6 +82,14 @@ def load_tokenizer(model: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory) -> None:
+    """No test reads or fills the user's cache of tokenized data."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MINILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,11 @@
 """data.py: who is held out, labels, cuts, and packed batches."""
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import LAW, TOOL, load_tokenizer, real_input
@@ -16,13 +19,17 @@ from minilora.data import (
     Example,
     batches,
     collate,
+    count_tokens,
+    digest,
     make_example,
     make_examples,
+    make_parts,
     pack_rows,
     split,
-    summary,
+    times_in_epoch,
     trained_kinds,
 )
+from minilora.dialects import DIALECTS
 from minilora.readers import read_conversations, warn
 
 # --- split ----------------------------------------------------------------------------------------
@@ -34,23 +41,33 @@ def talk(text, reply="Yes.", source="") -> Conversation:
 @LAW
 @given(numbers=st.lists(st.integers(0, 30), max_size=40), share=st.floats(0, 0.99),
        seed=st.integers())
-def test_split_is_a_partition_that_keeps_order_and_copies_together(numbers, share, seed):
-    given_ = [talk(str(number), source=str(place)) for place, number in enumerate(numbers)]
-    kept, held = split(given_, share, seed)
-    assert sorted(map(int, (c.source for c in kept + held))) == list(range(len(numbers)))
-    for part in (kept, held):
-        assert [int(c.source) for c in part] == sorted(int(c.source) for c in part)
-    assert not {c.messages for c in kept} & {c.messages for c in held}
-    assert {c.messages for c in split(given_[::-1], share, seed)[1]} == {c.messages for c in held}
-    if len(set(numbers)) == len(numbers):
-        assert len(held) == (max(1, round(share * len(numbers))) if share and numbers else 0)
+def test_split_keeps_copies_together_wherever_they_stand(numbers, share, seed):
+    digests = [digest(talk(str(number), source=str(place)))
+               for place, number in enumerate(numbers)]
+    held = split(digests, share, seed)
+    assert held.shape == (len(numbers),) and held.dtype == bool
+    sides = dict(zip(digests, held.tolist(), strict=True))
+    assert [sides[each] for each in digests] == held.tolist()
+    assert split(digests[::-1], share, seed).tolist() == held.tolist()[::-1]
+    if len(sides) == len(numbers):
+        assert held.sum() == (max(1, round(share * len(numbers))) if share and numbers else 0)
 
 
 def test_split_depends_on_the_seed_and_refuses_a_share_of_one():
-    given_ = [talk(str(number)) for number in range(50)]
-    assert len({tuple(split(given_, 0.2, seed)[1]) for seed in range(5)}) == 5
+    digests = [digest(talk(str(number))) for number in range(50)]
+    assert len({tuple(split(digests, 0.2, seed)) for seed in range(5)}) == 5
     with pytest.raises(UserError, match="share is 1"):
-        split(given_, 1, 0)
+        split(digests, 1, 0)
+
+
+def test_a_digest_is_of_what_is_said_and_of_the_tools_alone():
+    one = digest(LONG)
+    said = list(LONG.messages)
+    said[4] = replace(said[4], trained=False)
+    assert digest(replace(LONG, source="copy.jsonl:9", weight=2.0, messages=tuple(said))) == one
+    said[4] = replace(said[4], content="Cloudy.")
+    assert len({one, digest(replace(LONG, messages=tuple(said))),
+                digest(replace(LONG, tools=()))}) == 3
 
 
 # --- examples -------------------------------------------------------------------------------------
@@ -78,6 +95,11 @@ def columns(example, tokenizer) -> list[str]:
             lines.append(f"{Kind(kind).name:<13} {'+' if trained else '-'} {text!r}")
             at = t
     return lines
+
+
+def stretches(example, tokenizer) -> list[str]:
+    """The trained stretches of one kind, each as a line."""
+    return [line for line in columns(example, tokenizer) if line[14] == "+"]
 
 
 def test_what_is_trained_by_default(tokenizer):
@@ -140,59 +162,179 @@ def test_what_is_left_out_is_told_with_a_way_out(tokenizer, capsys):
     size = len(make_example(too_long, tokenizer, train_on="assistant"))
     given_ = [no_call, LONG, too_long]
     for train_on, left in ("tool_call", [LONG]), ("assistant", [no_call, LONG]):
-        examples = make_examples(given_, tokenizer, length=250, train_on=train_on, on_problem=warn)
+        examples = make_examples(given_, tokenizer, length=400, train_on=train_on, on_problem=warn)
         assert [example.source for example in examples] == [item.source for item in left]
     captured = capsys.readouterr()
     not_there = "nothing to train with train-on tool_call; expected at least one token of that kind"
     assert captured.out == "" and captured.err.splitlines() == [
-        f"note: {no_call.source}: {not_there}: leave it out with --skip, or train on assistant",
-        f"note: {too_long.source}: {not_there}: leave it out with --skip, or train on assistant",
-        f"note: {too_long.source}: nothing to train in the turns that fit 250 of its {size} "
-        "tokens: raise --length, or leave it out with --skip"]
-    with pytest.raises(UserError, match=r"data.jsonl:7 \(row 7\): .* --skip"):
+        f"note: {no_call.source}: {not_there}: try --train-on assistant",
+        f"note: {too_long.source}: {not_there}: try --train-on assistant",
+        f"note: {too_long.source}: nothing to train in the turns that fit 400 of its {size} "
+        "tokens: raise --length"]
+    with pytest.raises(UserError, match=r"data.jsonl:7 \(row 7\): .* --train-on"):
         make_examples(given_, tokenizer, train_on="tool_call")
 
 
-def test_a_cut_ends_after_a_whole_turn_and_keeps_the_tools(tokenizer):
+def test_an_untrained_message_is_only_read(tokenizer):
+    """`trained` false on the first two replies: only the last one carries loss, to its end."""
+    said = [replace(message, trained=False) if place in (2, 4) else message
+            for place, message in enumerate(LONG.messages)]
+    marked = make_example(replace(LONG, messages=tuple(said)), tokenizer, train_on="assistant")
+    assert torch.equal(marked.ids, make_example(LONG, tokenizer).ids)
+    assert stretches(marked, tokenizer) == [
+        "ANSWER        + 'Welcome.'", "END           + '<end_of_turn>'"]
+    with pytest.raises(UserError, match="nothing to train"):
+        make_example(Conversation((Message("user", "a"), Message("assistant", "b", trained=False))),
+                     tokenizer)
+
+
+# --- conversations that are too long --------------------------------------------------------------
+
+def test_a_long_conversation_goes_on_in_another_example_with_its_tools(tokenizer):
     whole = make_example(LONG, tokenizer)
-    trained = int((whole.labels != IGNORED).sum())
+    first, second = make_parts(LONG, tokenizer, length=len(whole) - 1)
+    assert columns(first, tokenizer) == columns(whole, tokenizer)[:10] + [
+        r"PROMPT        - '\n'"]
+    assert columns(second, tokenizer) == [
+        rf"PROMPT        - '<bos><start_of_turn>user\nBrief.\n\n<tools>\n{json.dumps(TOOL)}\n"
+        r"</tools>\n\nThanks!<end_of_turn>\n<start_of_turn>model\n'",
+        "ANSWER        + 'Welcome.'", "END           + '<end_of_turn>'", r"PROMPT        - '\n'"]
+    assert [(part.part, part.cut, part.source) for part in (first, second)] == [
+        (0, 0, LONG.source), (1, 0, LONG.source)]
+
+
+def test_an_exchange_that_is_too_long_keeps_the_turns_that_fit(tokenizer):
+    """Down to nothing; the other exchange is not harmed, and what is lost is counted."""
+    whole = make_example(LONG, tokenizer)
+    total = trained_in(whole)
     ends = [int(end) + 1 for end in (whole.kinds == Kind.END).nonzero()]
-    sizes = set()
-    for length in range(1, len(whole) + 2):
-        if length < ends[0]:
+    alone = len(make_parts(LONG, tokenizer, length=len(whole) - 1)[1])  # Thanks! Welcome.
+    assert alone < ends[0]  # so the second exchange fits wherever a turn of the first does
+    found = set()
+    for length in range(1, len(whole) + 1):
+        if length < alone - 1:
             with pytest.raises(UserError, match=rf"{length} of its {len(whole)} tokens"):
-                make_example(LONG, tokenizer, length=length)
+                make_parts(LONG, tokenizer, length=length)
             continue
-        example = make_example(LONG, tokenizer, length=length)
-        assert len(example) <= length and (len(example) in ends or len(example) == len(whole))
-        assert torch.equal(example.ids, whole.ids[:len(example)])
-        assert torch.equal(example.labels, whole.labels[:len(example)])
-        assert example.cut + int((example.labels != IGNORED).sum()) == trained
-        assert tokenizer.token_id("</tools>") in example.ids
-        parse_tool_calls(tokenizer.decode(example.ids[example.kinds == Kind.TOOL_CALL].tolist()))
-        sizes.add(len(example))
-    assert sizes == {*ends, len(whole)}
+        parts = make_parts(LONG, tokenizer, length=length)
+        assert all(len(part) <= length for part in parts)
+        assert parts[0].cut + sum(map(trained_in, parts)) == total
+        found.add(tuple(map(len, parts)))
+    assert found == {(alone - 1,), (alone,), (ends[0], alone), (ends[1] + 1, alone),
+                     (ends[1], alone), (len(whole),)}
 
 
-def test_summary_counts(tokenizer):
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_parts_are_few(tokenizer, dialect):
+    """As many exchanges in each as fit to the token, also where they end with an open call."""
+    tokenizer.add_tokens(DIALECTS[dialect].tokens)
+    chat = replace(LONG, messages=LONG.messages[1:3] * 6)
+    sizes = [len(make_example(replace(chat, messages=chat.messages[:2 * n]), tokenizer, dialect))
+             for n in range(1, 7)]
+    for n, size in enumerate(sizes, 1):
+        assert len(make_parts(chat, tokenizer, dialect, size)) == math.ceil(6 / n)
+        if n > 1:
+            assert len(make_parts(chat, tokenizer, dialect, size - 1)) == math.ceil(6 / (n - 1))
+
+
+def trained_in(example) -> int:
+    return int((example.labels != IGNORED).sum())
+
+
+def trained_ids(example, end=None) -> list[int]:
+    return [label for label in example.labels[:end].tolist() if label != IGNORED]
+
+
+words = st.text("ab <>/\n", min_size=1, max_size=12).filter(str.strip)
+calls = st.builds(ToolCall, st.just("get_weather"), st.dictionaries(words, words, max_size=2))
+
+
+@st.composite
+def exchanges(draw) -> list[Message]:
+    """A question, rounds of calls with their results, mostly an answer."""
+    said = [Message("user", draw(words))]
+    for made in draw(st.lists(st.lists(calls, min_size=1, max_size=2), max_size=2)):
+        said.append(Message("assistant", thinking=draw(words | st.just("")), tool_calls=tuple(made),
+                            trained=draw(st.booleans())))
+        said += [Message("tool", draw(words)) for _ in made]
+    if said[-1].role == "user" or draw(st.booleans()):
+        said.append(Message("assistant", draw(words), trained=draw(st.booleans())))
+    return said
+
+
+@LAW
+@given(said=st.lists(exchanges(), min_size=1, max_size=6), system=st.sampled_from(["", "Brief."]),
+       tools=st.sampled_from([(), (TOOL,)]), room=st.floats(0.2, 1.0),
+       train_on=st.sampled_from(["assistant", "tool_call", "prompt,answer"]),
+       dialect=st.sampled_from(["hermes", "hermes", *DIALECTS]))
+def test_parts_train_each_token_once_and_cut_no_call(tokenizer, said, system, tools, room,
+                                                     train_on, dialect):
+    opening = (Message("system", system),) if system else ()
+    chat = Conversation((*opening, *sum(said, [])), tools, "here")
+    for known in DIALECTS.values():
+        tokenizer.add_tokens(known.tokens)
+    try:
+        whole = make_parts(chat, tokenizer, dialect, train_on=train_on)[0]
+        length = int(room * len(whole))
+        parts = make_parts(chat, tokenizer, dialect, length, train_on)
+    except UserError:
+        return
+    found = sum(map(trained_ids, parts), [])
+    if train_on == "prompt,answer":  # what every part begins with is trained once, or not at all
+        rest = iter(trained_ids(whole))
+        assert all(id in rest for id in found)
+    else:  # of each exchange all that is trained, or as much as fits with the tools before it
+        wanted = []
+        for exchange in said:
+            try:
+                alone = make_example(replace(chat, messages=(*opening, *exchange)), tokenizer,
+                                     dialect, train_on=train_on)
+            except UserError:
+                continue
+            ends = (alone.kinds[:length] == Kind.END).nonzero().flatten().tolist()
+            fit = len(alone) if len(alone) <= length else ends[-1] + 1 if ends else 0
+            wanted += trained_ids(alone, fit)
+        assert found == wanted
+    assert parts[0].cut + sum(map(trained_in, parts)) == trained_in(whole)
+    assert [part.part for part in parts] == list(range(len(parts)))
+    for part in parts:
+        assert len(part) <= length and trained_in(part)
+        ids, kinds = part.ids.tolist(), part.kinds
+        assert ids.count(tokenizer.bos) == 1 and ids[0] == tokenizer.bos
+        if dialect != "hermes":
+            continue
+        text = tokenizer.decode(ids)
+        assert text.startswith(f"<bos><start_of_turn>user\n{system}")
+        assert ids.count(tokenizer.token_id("</tools>")) == len(tools)
+        turns = text.split("<start_of_turn>model\n")[1:]
+        made = [parse_tool_calls(turn.split("<end_of_turn>")[0]) for turn in turns]
+        results = [turn.count("<tool_response>") for turn in turns]
+        for number, (some, back) in enumerate(zip(made, results, strict=True), 1):
+            assert back == len(some) or number == len(turns) and back == 0
+        assert int((kinds == Kind.END).sum()) == len(turns)
+
+
+def test_counts(tokenizer):
     given_ = [LONG, talk("a"), talk("b", "No. " * 200)]
     problems = []
     limit = len(make_example(LONG, tokenizer)) - 5
     examples = make_examples(given_, tokenizer, length=limit, on_problem=problems.append)
-    numbers = summary(given_, examples)
+    numbers = count_tokens(examples)
     kinds = Counter(kind for e in examples for kind in e.kinds.tolist())
     assert numbers["kinds"]["tool_call"] == {"tokens": kinds[Kind.TOOL_CALL],
                                              "trained": kinds[Kind.TOOL_CALL]}
     assert numbers["kinds"]["prompt"] == {"tokens": kinds[Kind.PROMPT], "trained": 0}
     assert numbers["tokens"] == sum(map(len, examples))
-    assert numbers["trained"] == sum(int((e.labels != IGNORED).sum()) for e in examples)
-    few = ("conversations", "messages", "calls", "with_calls", "tools_offered", "tools_called",
-           "cut", "refused")
-    assert [numbers[name] for name in few] == [3, 11, 1, 1, 1, 1, 1, 1]
-    assert numbers["cut_trained"] == examples[0].cut > 0
-    assert numbers["length"]["min"] == len(examples[1]) and numbers["length"]["max"] == len(
-        examples[0]) == numbers["length"]["p95"]
-    assert summary([], [])["tokens"] == 0
+    assert numbers["trained"] == sum(map(trained_in, examples))
+    few = ("used", "split", "cut", "cut_trained")
+    assert [numbers[name] for name in few] == [2, 1, 0, 0] and len(problems) == 1
+    sizes = sorted(map(len, examples))
+    assert numbers["length"] == {"min": sizes[0], "median": sizes[1], "p95": sizes[2],
+                                 "max": sizes[2]} and len(sizes) == 3
+    shorter = make_examples(given_, tokenizer, length=sizes[2] - 2, on_problem=problems.append)
+    numbers = count_tokens(shorter)
+    assert numbers["cut"] == 1 and numbers["cut_trained"] == shorter[0].cut > 0
+    assert count_tokens([])["tokens"] == 0
     json.dumps(numbers)
 
 
@@ -214,17 +356,31 @@ sizes = st.lists(st.integers(1, 20), max_size=40)
 @LAW
 @given(sizes=sizes)
 def test_packing_places_each_example_once_and_tightly(sizes):
-    rows = pack_rows(numbered(sizes), 20)
-    assert sorted(index for row in rows for index in row) == list(range(len(sizes)))
-    fill = [sum(sizes[index] for index in row) for row in rows]
+    rows = pack_rows(sizes, 20)
+    assert rows.shape == (len(sizes),)
+    fill = np.bincount(rows, sizes) if sizes else np.zeros(0)
     assert all(0 < tokens <= 20 for tokens in fill)
     assert sum(tokens <= 10 for tokens in fill) <= 1  # two such rows would have been one
 
 
 def test_packing_takes_the_tightest_fit():
-    assert sorted(map(sorted, pack_rows(numbered([5, 12, 15, 8]), 20))) == [[0, 2], [1, 3]]
+    a, b, c, d = pack_rows([5, 12, 15, 8], 20)
+    assert a == c != b == d
     with pytest.raises(UserError, match="row 1: 21 tokens; a row has 20"):
-        pack_rows(numbered([3, 21]), 20)
+        batches(numbered([3, 21]), 1, 20)
+
+
+@LAW
+@given(sizes=st.lists(st.integers(1, 20), max_size=60))
+def test_packing_is_best_fit_longest_first(sizes):
+    """As plainly as it can be written, in quadratic time."""
+    free, rows = [], {}
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
+        fits = [(room, row) for row, room in enumerate(free) if room >= sizes[index]]
+        rows[index] = min(fits)[1] if fits else len(free)
+        free += [] if fits else [20]
+        free[rows[index]] -= sizes[index]
+    assert pack_rows(sizes, 20).tolist() == [rows[index] for index in range(len(sizes))]
 
 
 @pytest.mark.parametrize("pack", [True, False])
@@ -271,6 +427,43 @@ def test_order_is_a_function_of_seed_and_epoch(pack):
     torch.manual_seed(1)
     assert order(0, 0) == first
     assert len({order(seed, epoch) for seed in range(3) for epoch in range(3)}) == 9
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+def seen(examples, seed, epoch, pack=True) -> list[int]:
+    """How often each of some `numbered` examples is in an epoch."""
+    found = Counter(int(batch.input_ids[row, at]) // 1000 - 1
+                    for batch in batches(examples, 2, 20, seed, epoch, pack)
+                    for row, at in ((batch.documents > 0) & (batch.positions == 0)).nonzero())
+    return [found[n] for n in range(len(examples))]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_an_epoch_has_an_example_as_often_as_its_weight_says(pack):
+    weights = [1.0, 2.0, 0.0, 0.5, 2.25, 1.0]
+    examples = [replace(example, weight=weight) for example, weight
+                in zip(numbered([7, 3, 12, 20, 1, 9]), weights, strict=True)]
+    for seed in range(3):
+        epochs = [seen(examples, seed, epoch, pack) for epoch in range(8)]
+        assert epochs == [seen(examples, seed, epoch, pack) for epoch in range(8)]
+        assert np.sum(epochs, 0).tolist() == [8 * weight for weight in weights]
+        for times in epochs:
+            assert [times[0], times[1], times[2], times[5]] == [1, 2, 0, 1]
+            assert times[3] in (0, 1) and times[4] in (2, 3)
+        assert [times[3] for times in epochs] in ([0, 1] * 4, [1, 0] * 4)
+
+
+def test_half_of_a_file_of_half_the_weight_is_in_each_epoch():
+    first, second = (times_in_epoch(np.full(1000, 0.5), 0, epoch) for epoch in (0, 1))
+    assert 400 < first.sum() < 600 and (first + second == 1).all()
+    assert (first != times_in_epoch(np.full(1000, 0.5), 1, 0)).any()
+
+
+def test_an_epoch_may_be_empty():
+    examples = [replace(example, weight=0.0) for example in numbered([7, 3])]
+    for pack in (True, False):
+        assert len(batches(examples, 2, 20, pack=pack)) == 0 == len(batches([], 2, 20, pack=pack))
 
 
 def test_collate_pads_with_what_is_never_seen():

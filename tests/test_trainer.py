@@ -8,9 +8,10 @@ import torch
 from conftest import tiny_model
 from tiny_tokenizer import make_tokenizer_model
 
-from minilora.chat import DIALECTS, Conversation, Message
+from minilora.chat import Conversation, Message
 from minilora.config import LoraConfig, TrainConfig, UserError
 from minilora.data import IGNORED, Example, batches, make_example
+from minilora.dialects import DIALECTS
 from minilora.lora import adapted, attach, trainable
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
@@ -211,3 +212,4 @@ def test_new_tokens_get_ids_and_rows_in_one_step(tmp_path, mode, dialect):
     conversation = Conversation((Message("user", "hi"), Message("assistant", "hello")))
     example = make_example(conversation, tokenizer, dialect, 64)
     assert int(example.ids.max()) < table.num_embeddings
+    assert add_dialect(model, tokenizer, dialect, mode) == []  # what is known keeps its row
