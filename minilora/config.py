@@ -269,7 +269,9 @@ class TrainConfig:
     """One training run: what it reads, how it learns, what it writes."""
 
     model: str = setting("nano", "checkpoint folder or hub id; nano is the built-in base")
-    data: str = setting("nano/train.jsonl", "JSON or JSON Lines, comma between files")
+    data: str = setting("nano/train.jsonl", "files (JSON, JSON Lines, parquet), folders, "
+                      "globs or hub datasets (owner/name:split), commas between; @0.5 after one "
+                      "is its weight: how often an epoch sees each row")
     skip: bool = setting(False, "leave out rows that cannot be used, naming each, where otherwise "
                          "the first ends the run")
     eval_data: str = setting("", "held-out conversations (default: --eval-share of the data)")
@@ -294,7 +296,8 @@ class TrainConfig:
     recompute: bool = setting(False, "recompute activations in backward: less memory, more time")
     train_on: str = setting("assistant", "what carries loss: assistant (all that the model writes),"
                             " tool_call, or kinds such as think,tool_call,end")
-    dialect: str = setting("hermes", "how tools and calls are written", ("hermes", "mistral"))
+    dialect: str = setting("hermes", "how tools and calls are written",
+                           ("hermes", "mistral", "functiongemma"))
     new_tokens: str = setting("append", "where new tokens' rows go: after the vocabulary, or in "
                               "reserved <unusedN> slots", ("append", "reserved"))
     eval_every: int = setting(0, "steps between looks at the held-out loss (0: ten in a run)")
@@ -331,6 +334,7 @@ class GenerateConfig:
     top_k: int = setting(0, "draw only from the k likeliest tokens (0: all)")
     top_p: float = setting(1.0, "draw only from the likeliest tokens that sum to this share")
     seed: int = setting(0, "of the draws")
+    constrained: bool = setting(False, "only calls that can be read and fit the tools' schemas")
 
     def __post_init__(self) -> None:
         if self.max_new < 1:

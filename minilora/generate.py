@@ -7,40 +7,49 @@ Prompts of different lengths are padded on the left, so that all rows write at t
 Padding is a document of its own, which no token of the text sees, and positions count from the
 first token of the text: a row writes what it would write alone. Only the last hidden state of a row
 meets the vocabulary.
+
+A reply may be held to what a `Constraint` (constrain.py) allows: it bars ids before each draw.
 """
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from minilora.config import GenerateConfig, UserError
+from minilora.constrain import Constraint
 from minilora.model import Gemma, KVCache
 from minilora.tokenizer import Tokenizer
 
 
 def generate(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
-             stop_ids: Collection[int]) -> list[list[int]]:
+             stop_ids: Collection[int],
+             constraints: Sequence[Constraint] = ()) -> list[list[int]]:
     """The new ids of each prompt, without the stop id that ended them. Raises what `steps` does."""
     replies = [[] for _ in prompts]
-    for step in steps(model, prompts, config, stop_ids):
+    for step in steps(model, prompts, config, stop_ids, constraints=constraints):
         for reply, new in zip(replies, step, strict=True):
             if new is not None:
                 reply.append(new)
     return replies
 
 
-def stream(model: Gemma, prompt: list[int], config: GenerateConfig,
-           stop_ids: Collection[int]) -> Iterator[int]:
+def stream(model: Gemma, prompt: list[int], config: GenerateConfig, stop_ids: Collection[int],
+           barred: Collection[int] = (), constraint: Constraint | None = None) -> Iterator[int]:
     """The new ids of one prompt, each as soon as it is drawn. Raises what `steps` does."""
-    for new, in steps(model, [prompt], config, stop_ids):
+    constraints = [constraint] if constraint else []
+    for new, in steps(model, [prompt], config, stop_ids, barred, constraints):
         yield new
 
 
 @torch.no_grad()
 def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
-          stop_ids: Collection[int]) -> Iterator[list[int | None]]:
+          stop_ids: Collection[int], barred: Collection[int] = (),
+          constraints: Sequence[Constraint] = ()) -> Iterator[list[int | None]]:
     """Yields each step's new id for every prompt, None for those that have ended.
+
+    The ids in `barred` are never drawn, nor what a prompt's constraint bars; `constraints` are
+    fresh ones, one for each prompt, or none at all.
 
     The model is in eval mode (no dropout) while this runs. The same seed draws the same ids for the
     same batch. Raises UserError for a prompt that is empty or fills the model's context, and for
@@ -75,7 +84,12 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     try:
         while going:
             hidden = model.hidden_states(ids, positions, documents, cache)   # [B, T, D]
-            new = pick(model.logits(hidden[:, -1]), config, generator)       # [B]
+            logits = model.logits(hidden[:, -1])                             # [B, V]
+            logits[:, list(barred)] = -torch.inf
+            for row, prompt in enumerate(rows if constraints else ()):
+                if prompt in going:
+                    constraints[prompt].bar(logits[row], left[prompt])
+            new = pick(logits, config, generator)                            # [B]
             step: list[int | None] = [None] * len(prompts)
             for prompt, drawn in zip(rows, new.tolist(), strict=True):
                 if prompt not in going:
@@ -83,6 +97,8 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
                 if drawn in stop_ids:
                     going.remove(prompt)
                     continue
+                if constraints:
+                    constraints[prompt].take(drawn)
                 step[prompt] = drawn
                 left[prompt] -= 1
                 if not left[prompt]:
