@@ -1,187 +1,37 @@
-"""Calls are compared as calls; a model's replies are counted in the order of the conversations."""
+"""A model's replies are judged, and counted by category, by problem, and in pairs."""
 
-import itertools
 import json
+import re
 
 import pytest
-from conftest import real_input, tiny_model
-from hypothesis import given, settings
+import torch
+from conftest import LAW, tiny_model
+from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer_model
 
-from minilora.chat import DIALECTS, Conversation, Message, ToolCall, render
-from minilora.config import GenerateConfig, UserError
-from minilora.evaluate import Case, Report, Share, check_calls, evaluate
+from minilora.__main__ import main
+from minilora.bfcl import Question, ask
+from minilora.chat import Conversation, Message, ToolCall, render
+from minilora.checkpoint import save_adapter
+from minilora.compare import Problem
+from minilora.config import NANO, GenerateConfig, LoraConfig, UserError
+from minilora.dialects import DIALECTS
+from minilora.evaluate import (
+    Case,
+    Change,
+    Report,
+    Share,
+    changes,
+    check_calls,
+    check_reply,
+    evaluate,
+)
 from minilora.generate import generate
+from minilora.lora import adapted, attach
 from minilora.tokenizer import Tokenizer
-
-# --- exact calls ----------------------------------------------------------------------------------
-
-
-def verdict(given_arguments, expected_arguments):
-    return check_calls([ToolCall("f", given_arguments)], [], [ToolCall("f", expected_arguments)])
-
-
-@pytest.mark.parametrize("given_value, expected_value, ok", [
-    ("Paris", "Paris", True), ("Paris", "paris", False), ("Paris", "Paris ", False),
-    (1, 1, True), (1.0, 1, True), (1, "1", False), (True, 1, False), (1, True, False),
-    (0, False, False), (None, None, True), (None, 0, False), ("", None, False),
-    ([1, 2], [1, 2], True), ([1, 2], [2, 1], False), ([1], [1, 1], False), ([True], [1], False),
-    ({"a": 1, "b": 2}, {"b": 2, "a": 1}, True), ({"a": True}, {"a": 1}, False),
-    ({"a": 1}, {"a": 1, "b": None}, False), ([], {}, False),
-])
-def test_exact_values(given_value, expected_value, ok):
-    assert verdict({"x": given_value}, {"x": expected_value})[0] is ok
-
-
-def test_exact_calls_say_what_is_wrong():
-    assert verdict({"b": 2, "a": 1}, {"a": 1, "b": 2}) == (True, "")
-    assert verdict({"a": 1}, {"a": 1, "b": 2}) == (False, "f: b is missing")
-    assert verdict({"a": 1, "c": 2}, {"a": 1}) == (False, "f: c is not expected")
-    assert verdict({"a": "é"}, {"a": 1}) == (False, 'f: a is "é", expected 1')
-    assert check_calls([ToolCall("g", {})], [], [ToolCall("f", {})]) == (
-        False, "called g, expected f")
-    assert check_calls([ToolCall("f", {}, "id1")], [], [ToolCall("f", {}, "id2")])[0]
-
-
-def test_the_number_of_calls():
-    one = ToolCall("f", {})
-    assert check_calls([], [], []) == (True, "")
-    assert check_calls([one], [], []) == (False, "expected no calls, got 1 call")
-    assert check_calls([], [], [one, one]) == (False, "expected 2 calls, got no calls")
-
-
-def test_parallel_calls_have_no_order_but_each_counts_once():
-    a, b = ToolCall("f", {"x": 1}), ToolCall("f", {"x": 2})
-    assert check_calls([b, a], [], [a, b]) == (True, "")
-    assert check_calls([a, a], [], [a, b]) == (False, "f: x is 1, expected 2")
-    assert check_calls([a, ToolCall("g", {})], [], [b, ToolCall("h", {})])[0] is False
-    # The reason is against the answer that was meant.
-    assert check_calls([ToolCall("f", {"x": 3}), b], [], [ToolCall("g", {}), a]) == (
-        False, "f: x is 3, expected 1")
-
-
-# --- lists of accepted values, as the leaderboard has them ----------------------------------------
-
-BOOK = {"name": "book", "parameters": {"type": "dict", "required": ["city", "nights"],
-                                       "properties": {
-    "city": {"type": "string"}, "nights": {"type": "integer"}, "price": {"type": "float"},
-    "sure": {"type": "boolean"}, "tags": {"type": "array", "items": {"type": "string"}},
-    "spot": {"type": "tuple", "items": {"type": "float"}}, "who": {"type": "dict"},
-    "rooms": {"type": "array", "items": {"type": "dict"}}, "data": {"type": "any"},
-    "counts": {"type": "array", "items": {"type": "integer"}},
-    "rest": {"type": "array"}, "odd": {"type": "string"},
-    "union": {"type": ["string", "null"]}, "free": {}}}}
-GOOD = {"city": ["New York", "NYC"], "nights": [2]}
-
-
-@pytest.mark.parametrize("arguments, accepted, ok", [
-    ({"city": "NYC", "nights": 2}, GOOD, True),
-    ({"city": "new-york.", "nights": 2}, GOOD, True),  # case, spaces and , . / - _ * ^ do not count
-    ({"city": "New Jork", "nights": 2}, GOOD, False),
-    ({"city": "NYC", "nights": 3}, GOOD, False),
-    ({"city": "NYC", "nights": 2.0}, GOOD, False),     # a float is no integer
-    ({"city": "NYC", "nights": "2"}, GOOD, False),
-    ({"city": "NYC", "nights": True}, {**GOOD, "nights": [1]}, False),
-    ({"nights": 2}, {**GOOD, "city": ["", "NYC"]}, False),  # required, whatever the answer says
-    ({"city": "NYC", "nights": 2, "zip": 1}, {**GOOD, "zip": [1]}, False),  # not in the schema
-    ({"city": "NYC", "nights": 2, "sure": True}, GOOD, False),              # not in the answer
-    ({"city": "NYC", "nights": 2}, {**GOOD, "sure": [True]}, False),
-    ({"city": "NYC", "nights": 2}, {**GOOD, "sure": [True, ""]}, True),
-    ({"city": "NYC", "nights": 2, "sure": True}, {**GOOD, "sure": [True, ""]}, True),
-    ({"city": "NYC", "nights": 2, "sure": False}, {**GOOD, "sure": [True, ""]}, False),
-    ({"city": "NYC", "nights": 2, "sure": 1}, {**GOOD, "sure": [True, ""]}, False),
-])
-def test_which_parameters_and_values(arguments, accepted, ok):
-    got, reason = check_calls([ToolCall("book", arguments)], [BOOK], [{"book": accepted}])
-    assert got is ok and (reason == "") is ok
-
-
-@pytest.mark.parametrize("key, value, accepted, ok", [
-    ("price", 2, [2.0], True), ("price", 3, [2.5, 3], True), ("price", "2.5", [2.5], False),
-    ("city", "x ^2", ["X2"], True), ("counts", [True], [[1]], False), ("counts", [1], [[1]], True),
-    ("city", 'the "A"', ["The 'A'"], True), ("city", "", ["NYC", ""], True),
-    ("tags", ["A b", "c"], [["ab", "C"]], True), ("tags", ["c", "ab"], [["ab", "c"]], False),
-    ("tags", ["a", 1], [["a", 1]], False), ("tags", "a", [["a"]], False),
-    ("tags", [], [["a"], ""], True), ("tags", ["a"], ["", ["A"]], True),
-    ("spot", [1.5, 2.0], [[1.5, 2.0]], True), ("spot", [1, 2], [[1.0, 2.0]], False),
-    ("spot", [1, 2], [[1, 2]], True),
-    ("rest", [1, "A"], [[1, "a"]], True),
-    ("who", {"name": "ann"}, [{"name": ["Ann", "Bob"], "age": [3, ""]}], True),
-    ("who", {"name": "ann", "age": 4}, [{"name": ["Ann", "Bob"], "age": [3, ""]}], False),
-    ("who", {"age": 3}, [{"name": ["Ann"], "age": [3, ""]}], False),
-    ("who", {"name": "ann", "zip": 1}, [{"name": ["Ann"]}], False),
-    ("who", {"name": "bob"}, [{"name": ["Ann"]}, "", {"name": ["Bob"]}], True),
-    ("who", [], [{"name": ["Ann"]}], False), ("who", {}, [{"name": ["Ann"]}, ""], False),
-    ("rooms", [{"a": 1}, {"a": 2}], [[{"a": [1]}, {"a": [2]}]], True),
-    ("rooms", [{"a": 2}, {"a": 1}], [[{"a": [1]}, {"a": [2]}]], False),
-    ("rooms", [{"a": 1}], [[{"a": [1]}, {"a": [2]}]], False),
-    ("data", "My Data", ["my_data"], True), ("data", 3, [3], True), ("data", 3, ["3"], False),
-    ("odd", 5, [5], True), ("odd", ["A"], [["A"]], True), ("odd", ["a"], [["A"]], False),
-    ("odd", "a", [5, "A"], False),
-    ("union", "A b", ["ab"], True), ("union", 1, ["1"], False),
-    ("free", "A b", ["ab"], True), ("free", 2, [2], True), ("free", 2, [2.0], True),
-])
-def test_each_type(key, value, accepted, ok):
-    arguments = {"city": "NYC", "nights": 2, key: value}
-    answer = {"book": {**GOOD, key: accepted}}
-    tools = [{"type": "function", "function": BOOK}]
-    assert check_calls([ToolCall("book", arguments)], tools, [answer])[0] is ok
-
-
-def test_an_answer_of_no_known_form_is_refused():
-    call = [ToolCall("book", {})]
-    for answer in ("b", {}, {"a": {}, "b": {}}):
-        with pytest.raises(UserError, match="accepted answer"):
-            check_calls(call, [BOOK], [answer])
-    with pytest.raises(UserError, match="'cook', which is not among the tools: book"):
-        check_calls([ToolCall("cook", {})], [BOOK], [{"cook": {}}])
-
-
-PICK = {"name": "pick", "parameters": {"properties": {"x": {"type": "integer"}}}}
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(values=st.lists(st.integers(0, 3), min_size=1, max_size=4), data=st.data())
-def test_the_verdict_is_whether_any_order_fits(values, data):
-    accepted = [data.draw(st.lists(st.integers(0, 3), min_size=1, max_size=3)) for _ in values]
-    fits = any(all(map(list.__contains__, order, values))
-               for order in itertools.permutations(accepted))
-    calls = [ToolCall("pick", {"x": value}) for value in values]
-    ok, reason = check_calls(calls, [PICK], [{"pick": {"x": answer}} for answer in accepted])
-    assert ok is fits and (reason == "") is fits
-
-
-@pytest.fixture
-def leaderboard():
-    """Reads a file of the leaderboard, where they are at hand."""
-    folder = real_input("bfcl")
-    return lambda name: [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def plain(value):
-    """A call's value of an accepted one: inside objects these are lists again."""
-    if isinstance(value, dict):
-        return {key: plain(values[0]) for key, values in value.items() if values[0] != ""}
-    return [plain(item) for item in value] if isinstance(value, list) else value
-
-
-@pytest.mark.parametrize("category", ["simple_python", "multiple"])
-def test_the_leaderboards_own_answers_are_right_and_changed_ones_wrong(leaderboard, category):
-    rows = leaderboard
-    for row, answers in zip(rows(f"{category}.jsonl"), rows(f"{category}.answers.jsonl"),
-                            strict=True):
-        accepted, tools = answers["ground_truth"], row["function"]
-        calls = [ToolCall(name, {key: plain(next(value for value in values if value != ""))
-                                 for key, values in arguments.items() if values != [""]})
-                 for answer in accepted for name, arguments in answer.items()]
-        assert check_calls(calls, tools, accepted) == (True, ""), row["id"]
-        key = next(iter(calls[0].arguments), None)
-        for wrong in ([], calls * 2, [ToolCall("nothing", calls[0].arguments)],
-                      [ToolCall(calls[0].name, {**calls[0].arguments, "more": 1})],
-                      [ToolCall(calls[0].name, {**calls[0].arguments, key: {"no": "value"}})]):
-            assert not check_calls(wrong, tools, accepted)[0], row["id"]
-
+from minilora.trainer import add_dialect
+from minilora.weights import load_model
 
 # --- shares ---------------------------------------------------------------------------------------
 
@@ -230,20 +80,27 @@ def called(call):
                       "</tool_call>"))
 
 
-SAID = [  # conversation, what the model says, whether that is right, part of the reason
-    (conversation(1, CALL), called(CALL), True, ""),
-    (conversation(2, CALL), "<think>\nHm.\n</think>\n" + called(CALL), True, ""),
-    (conversation(3, CALL), called(ToolCall("f", {"x": "1"})), False, 'x is "1", expected 1'),
-    (conversation(4, CALL), called(ToolCall("g", {"x": 1})), False, "called g"),
-    (conversation(5, CALL), "I cannot.", False, "expected 1 call, got no calls"),
-    (conversation(6, CALL), '<tool_call>\n{"name": "f"', False, "malformed: not JSON"),
-    (conversation(7), "Hello to you.", True, ""),
-    (conversation(8), called(CALL), False, "expected no calls, got 1 call"),
-    (conversation(9), "<tool_call>", False, "malformed"),
-    (conversation(10, CALL, CALL), called(CALL) + "\n" + called(CALL), True, ""),
+SAID = [  # conversation, what the model says, the kind of problem, part of the reason
+    (conversation(1, CALL), called(CALL), "", ""),
+    (conversation(2, CALL), "<think>\nHm.\n</think>\n" + called(CALL), "", ""),
+    (conversation(3, CALL), called(ToolCall("f", {"x": "1"})), "wrong type",
+     'x is "1", expected 1'),
+    (conversation(4, CALL), called(ToolCall("g", {"x": 1})), "wrong name", "called g"),
+    (conversation(5, CALL), "I cannot.", "no call", "expected 1 call, got no calls"),
+    (conversation(6, CALL), '<tool_call>\n{"name": "f"', "malformed", "malformed: not JSON"),
+    (conversation(7), "Hello to you.", "", ""),
+    (conversation(8), called(CALL), "unneeded call", "expected no calls, got 1 call"),
+    (conversation(9), "<tool_call>", "malformed", "malformed"),
+    (conversation(10, CALL, CALL), called(CALL) + "\n" + called(CALL), "", ""),
     (conversation(11, CALL, more=(Message("tool", "2"), Message("assistant", "It is 2."))),
-     called(CALL), True, ""),
+     called(CALL), "", ""),
 ]
+
+
+def written(text, tokenizer):
+    """The ids of a reply whose tags are the tokens that they should be."""
+    return [id for part in re.split(r"(</?\w+>)", text)
+            for id in ([tokenizer.token_id(part)] if part[:1] == "<" else tokenizer.encode(part))]
 
 
 def scripted(monkeypatch, tokenizer, dialect="hermes"):
@@ -252,9 +109,9 @@ def scripted(monkeypatch, tokenizer, dialect="hermes"):
     for asked, text, *_ in SAID:
         before = Conversation(asked.messages[:2], asked.tools)
         prompt = render(before, tokenizer, dialect, generate=True).ids
-        replies[tuple(prompt), asked.source] = tokenizer.encode(text)
+        replies[tuple(prompt), asked.source] = written(text, tokenizer)
 
-    def fake(model, prompts, config, stop_ids):
+    def fake(model, prompts, config, stop_ids, constraints):
         batches.append((prompts, config, stop_ids))
         found = []
         for prompt in prompts:  # each text is said once, and equal prompts in their order
@@ -269,53 +126,236 @@ def scripted(monkeypatch, tokenizer, dialect="hermes"):
 def test_every_case_is_judged_and_kept_in_order(monkeypatch, tokenizer):
     batches = scripted(monkeypatch, tokenizer)
     told = []
-    report = evaluate(tiny_model(), tokenizer, [asked for asked, *_ in SAID], "hermes",
-                      GenerateConfig(max_new=7, temperature=0.9, top_p=0.5), batch=4,
+    report = evaluate(tiny_model(), tokenizer, ask([asked for asked, *_ in SAID]), "hermes",
+                      GenerateConfig(max_new=70, temperature=0.9, top_p=0.5), batch=4,
                       progress=lambda *numbers: told.append(numbers))
-    for case, (asked, text, ok, reason) in zip(report.cases, SAID, strict=True):
-        assert (case.source, case.text, case.ok) == (asked.source, text, ok)
-        assert case.expected == asked.messages[2].tool_calls
-        assert reason in case.reason and (case.reason == "") is ok
+    for case, (asked, text, kind, reason) in zip(report.cases, SAID, strict=True):
+        assert (case.question.id, case.text, case.ok) == (asked.source, text, not kind)
+        assert case.question.accepted == asked.messages[2].tool_calls
+        assert (case.problem.kind if kind else case.problem or "") == kind
+        assert reason in case.row()["reason"] and case.row()["problem"] == kind
     assert report.cases[0].calls == (CALL,) and report.cases[8].calls == ()
     assert (report.calls, report.no_tool) == (Share(4, 8), Share(1, 3))
+    assert report.categories == {"one call": Share(3, 7), "no call": Share(1, 3),
+                                 "several calls": Share(1, 1)}
+    assert report.total == Share(5, 11) and report.mean == pytest.approx((3 / 7 + 1 / 3 + 1) / 3)
+    assert report.problems == {"malformed": 2, "wrong type": 1, "wrong name": 1, "no call": 1,
+                               "unneeded call": 1}
     assert told == [(4, 11), (8, 11), (11, 11)]
     lengths = [len(prompt) for prompts, *_ in batches for prompt in prompts]
-    assert lengths == sorted(lengths) and len(set(lengths)) > 4
+    assert lengths == sorted(lengths, reverse=True) and len(set(lengths)) > 4
     assert all(len(prompts) <= 4 for prompts, *_ in batches)
     for _, config, stop_ids in batches:
-        assert (config.max_new, config.temperature) == (7, 0.0)  # greedy, whatever was asked
+        assert (config.max_new, config.temperature) == (70, 0.0)  # greedy, whatever was asked
         assert stop_ids == tokenizer.stop_ids
 
 
-def test_shares_of_nothing():
-    case = Case("a:1", (), "Hello.", (), True, "")
-    assert Report((case,)).calls == Share(0, 0) and Report((case,)).no_tool == Share(1, 1)
+def test_a_batch_has_as_many_rows_as_its_tokens_allow(monkeypatch, tokenizer):
+    batches = scripted(monkeypatch, tokenizer)
+    evaluate(tiny_model(), tokenizer, ask([asked for asked, *_ in SAID]), "hermes",
+             GenerateConfig(max_new=100), batch_tokens=900)
+    sizes = [(len(prompts), max(map(len, prompts)) + 100) for prompts, *_ in batches]
+    assert all(rows * width <= 900 < (rows + 1) * width for rows, width in sizes[:-1])
+    assert len({rows for rows, _ in sizes}) > 1 and sum(rows for rows, _ in sizes) == len(SAID)
+    batches = scripted(monkeypatch, tokenizer)
+    evaluate(tiny_model(), tokenizer, ask([asked for asked, *_ in SAID]), batch_tokens=1)
+    assert [len(prompts) for prompts, *_ in batches] == [1] * len(SAID)
 
+
+def test_tools_are_checked_as_written_and_constrained_as_shown(monkeypatch, tokenizer):
+    """The leaderboard's "any" is a string to its check; what a call may hold is in JSON Schema."""
+    raw = {"name": "f", "parameters": {"type": "dict", "properties": {"x": {"type": "any"}}}}
+    question = Question(SAID[0][0], ({"f": {"x": [""]}},), "simple", "simple_0", (raw,))
+    assert check_reply(called(ToolCall("f", {"x": ""})), question, "hermes").ok
+    given = []
+    monkeypatch.setattr("minilora.evaluate.Constraint", lambda words, tools, dialect:
+                        given.append(tools))
+    monkeypatch.setattr("minilora.evaluate.generate", lambda *arguments: [[]])
+    evaluate(tiny_model(), tokenizer, [question], config=GenerateConfig(constrained=True))
+    assert given == [SAID[0][0].tools]
+
+
+def test_a_case_as_json(monkeypatch, tokenizer):
+    scripted(monkeypatch, tokenizer)
+    row = evaluate(tiny_model(), tokenizer, ask([SAID[0][0]])).cases[0].row()
+    assert json.loads(json.dumps(row)) == {
+        "id": "held_out.jsonl:1", "source": "held_out.jsonl:1", "category": "one call",
+        "question": ASKED * 4, "expected": [{"name": "f", "arguments": {"x": 1}}],
+        "got": called(CALL), "calls": [{"name": "f", "arguments": {"x": 1}}], "ok": True,
+        "problem": "", "reason": ""}
+    listed = Question(SAID[0][0], ({"f": {"x": [1, ""]}},), "simple", "simple_0", (TOOL,))
+    assert Case(listed, "", (), None).row()["expected"] == [{"f": {"x": [1, ""]}}]
+    any_call = Question(SAID[0][0], None, "relevance", "relevance_0", (TOOL,))
+    assert Case(any_call, "", (), None).row()["expected"] == "any call"
+
+
+def test_sums_of_nothing():
+    assert Report(()).calls == Share(0, 0) and Report(()).mean is None
+    report = Report((case(True, "no call", ()),))
+    assert report.calls == Share(0, 0) and report.no_tool == Share(1, 1)
+    assert report.summary()["calls"] is None and report.summary()["calls_95"] == (0, 1)
+
+
+def test_a_summary_has_every_category():
+    report = Report((case(True, "simple"), case(False, "simple"), case(True, "relevance", None),
+                     case(False, "irrelevance", ())))
+    found = json.loads(json.dumps(report.summary()))
+    assert (found["calls"], found["no_tool"], found["right"], found["cases"]) == (2 / 3, 0, 0.5, 4)
+    assert found["mean_of_categories"] == 0.5 and found["problems"] == {"wrong value": 2}
+    assert {name: (each["right"], each["total"], each["share"])
+            for name, each in found["categories"].items()} == {
+        "simple": (1, 2, 0.5), "relevance": (1, 1, 1.0), "irrelevance": (0, 1, 0.0)}
+    low, high = found["categories"]["simple"]["share_95"]
+    assert 0 < low < 0.5 < high < 1
+
+
+# --- before and after -----------------------------------------------------------------------------
+
+def case(ok, category="simple", accepted=(CALL,)):
+    return Case(Question(SAID[0][0], accepted, category, "simple_0", (TOOL,)), "", (),
+                None if ok else Problem("wrong value", "x is 2"))
+
+
+def test_changes_are_counted_in_pairs_and_by_category():
+    before, after = (Report(tuple(case(mark == "+", "ab"[index > 5])
+                                  for index, mark in enumerate(marks)))
+                     for marks in ("---+++--++", "+++-++-+--"))
+    assert changes(before, after) == {"a": Change(3, 1, 6), "b": Change(1, 2, 4),
+                                      "all": Change(4, 3, 10)}
+    assert str(Change(3, 1, 6)) == "+0.333: 3 better, 1 worse, p = 0.62"
+    with pytest.raises(ValueError):  # not the same questions
+        changes(before, Report(after.cases[:-1]))
+
+
+@LAW
+@given(better=st.integers(0, 60), worse=st.integers(0, 60))
+def test_mcnemars_p_is_the_chance_of_a_split_as_uneven(better, worse):
+    """By its definition: all ways in which as many answers could change, weighed alike."""
+    changed, p = better + worse, Change(better, worse, 200).p
+    weights = [1.0]
+    for _ in range(changed):  # Pascal's triangle, halved at each row
+        weights = [(a + b) / 2 for a, b in zip([0, *weights], [*weights, 0], strict=True)]
+    off = abs(better - worse)
+    assert p == pytest.approx(sum(weight for number, weight in enumerate(weights)
+                                  if abs(2 * number - changed) >= off))
+    assert p == Change(worse, better, 200).p
+
+
+def test_mcnemars_p_of_known_tables():
+    assert (Change(0, 0, 5).p, Change(4, 4, 9).p) == (1, 1)
+    assert Change(5, 0, 9).p == 2 / 2 ** 5
+    assert Change(1500, 20, 3000).p < 1e-300
+
+
+# --- a real model ---------------------------------------------------------------------------------
 
 def test_a_real_model_is_decoded_greedily_from_before_the_first_reply(monkeypatch, tokenizer):
     model, prompts = tiny_model(), []
 
-    def watched(model, batch, config, stop_ids):
+    def watched(model, batch, *more):
         prompts.extend(batch)
-        return generate(model, batch, config, stop_ids)
+        return generate(model, batch, *more)
 
     monkeypatch.setattr("minilora.evaluate.generate", watched)
     asked = [conversation(1, CALL), conversation(2), conversation(4, CALL)]
-    report = evaluate(model, tokenizer, asked, "mistral", GenerateConfig(max_new=5), batch=2)
+    report = evaluate(model, tokenizer, ask(asked), "mistral", GenerateConfig(max_new=5), batch=2)
     for each, case in zip(asked, report.cases, strict=True):
         before = Conversation(each.messages[:2], each.tools)
         prompt = render(before, tokenizer, "mistral", generate=True).ids
         assert prompt in prompts
         alone = generate(model, [prompt], GenerateConfig(max_new=5), tokenizer.stop_ids)[0]
         assert case.text == tokenizer.decode(alone)
+        assert case.ok or ("(cut at 5 tokens)" in case.problem.reason) is (len(alone) == 5)
+    assert not all(case.ok for case in report.cases)
 
 
-def test_what_cannot_be_evaluated_is_named(tokenizer):
-    model = tiny_model()
-    silent = Conversation((Message("user", "Hi."),), source="held_out.jsonl:7")
-    with pytest.raises(UserError, match="held_out.jsonl:7: no assistant turn"):
-        evaluate(model, tokenizer, [silent])
-    long = Conversation((Message("user", "long " * 400), Message("assistant", "Yes.")),
-                        source="held_out.jsonl:8")
-    with pytest.raises(UserError, match="held_out.jsonl:8: the prompt has .* context 512"):
-        evaluate(model, tokenizer, [conversation(1), long])
+def test_a_prompt_that_leaves_no_room_is_counted_and_named(tokenizer, capsys):
+    def long(number, source):
+        return Conversation((Message("user", "long " * number), Message("assistant", "Yes.")),
+                            source=source)
+
+    told = []
+    asked = [long(400, "held_out.jsonl:8"), conversation(1), long(500, "held_out.jsonl:9")]
+    report = evaluate(tiny_model(), tokenizer, ask(asked), config=GenerateConfig(max_new=2),
+                      progress=lambda *numbers: told.append(numbers))
+    assert [case.problem and case.problem.kind for case in report.cases] == [
+        "too long", None, "too long"]
+    assert "the model's context 512" in report.cases[0].problem.reason
+    assert report.no_tool == Share(1, 3) and told == [(3, 3)]
+    note = capsys.readouterr().err
+    assert "2 of 3 questions" in note and "held_out.jsonl:8" in note and note.count("\n") == 1
+    assert evaluate(tiny_model(), tokenizer, ask(asked[2:])).total == Share(0, 1)
+
+
+def test_check_calls_is_asked_for_here():
+    assert check_calls([CALL], [TOOL], [CALL]) == (True, "")
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+def measured(capsys, *words):
+    main(["eval", "--max-new", "3", "--json", *map(str, words)])
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_constrained_calls_are_never_malformed(monkeypatch):
+    """A model of random weights that must call writes what cannot be read, unless it is held."""
+    model, tokenizer = load_model(NANO, torch.float32), Tokenizer.load(NANO)
+    add_dialect(model, tokenizer, "hermes", "append")
+    torch.manual_seed(0)
+    noise, call = torch.randn(model.embed_tokens.num_embeddings), tokenizer.token_id("<tool_call>")
+    logits, new = model.logits, []
+
+    def calling(hidden):
+        new.append(None)
+        found = logits(hidden) + 9 * noise
+        found[..., call] = 1e4 if len(new) == 1 else -1e4
+        return found
+
+    monkeypatch.setattr(model, "logits", calling)
+    conversation = Conversation((Message("user", "Hello"), Message("assistant", "Hello.")), (TOOL,))
+    problems = []
+    for constrained in (False, True):
+        new.clear()
+        config = GenerateConfig(max_new=48, constrained=constrained)
+        (case,) = evaluate(model, tokenizer, ask([conversation]), config=config).cases
+        problems.append(case.problem.kind)
+    assert problems[0] == "malformed" and problems[1] == "unneeded call"
+    assert case.calls[0].name == TOOL["function"]["name"]
+
+
+def test_before_and_after_in_one_command(tmp_path, capsys):
+    """An adapter that has learned nothing changes nothing; one that has is told from its base."""
+    model, tokenizer = load_model(NANO, torch.float32), Tokenizer.load(NANO)
+    torch.manual_seed(0)
+    attach(model, LoraConfig(rank=2))
+    add_dialect(model, tokenizer, "hermes", "append")
+    save_adapter(model, tokenizer, tmp_path / "run/adapter", "nano", "hermes")
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps({"tools": [TOOL], "messages": [
+        {"role": "user", "content": f"Question {number}"},
+        {"role": "assistant", "content": "Hello."}]}) + "\n" for number in range(3)))
+    asked = ["--adapter", tmp_path / "run", "--data", tmp_path / "own.jsonl"]
+    cases = tmp_path / "cases.jsonl"
+    *rows, sums = measured(capsys, *asked, "--before", "--cases", cases)
+    assert [json.loads(line) for line in cases.read_text().splitlines()] == rows
+    assert [row.pop("when") for row in rows] == ["before", "after"] * 3
+    assert rows[::2] == rows[1::2] and sums["before"] == sums["after"]
+    assert sums["change"]["all"] == {"better": 0, "worse": 0, "total": 3, "p": 1.0}
+    *alone, sums = measured(capsys, *asked)
+    assert alone == rows[::2] and sums["no_tool"] == 1
+
+    with torch.no_grad():
+        for module in adapted(model).values():
+            module.lora_B.normal_()
+    save_adapter(model, tokenizer, tmp_path / "run/adapter", "nano", "hermes")
+    *rows, sums = measured(capsys, *asked, "--before")
+    assert [row["got"] for row in rows[::2]] == [row["got"] for row in alone]
+    assert all(row["got"] != base["got"] for row, base in zip(rows[1::2], alone, strict=True))
+    main(["eval", "--max-new", "3", "--before", *map(str, asked)])
+    table = capsys.readouterr().out
+    assert "no call" in table and "p = 1" in table and "before" in table
+
+
+def test_before_needs_an_adapter():
+    with pytest.raises(UserError, match="--before needs --adapter"):
+        main(["eval", "--before"])
