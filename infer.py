@@ -3,29 +3,46 @@
 
     python infer.py --tools my_tools.py "What's the weather in Paris?"
     python infer.py --adapter runs/calls --tools my_tools.py          # a chat; Ctrl-D ends it
+    python infer.py --tools my_tools.py --transcript chat.jsonl       # and keep it as data
 
 The model thinks, calls functions of the file, sees their results and answers. Every public function
 with type hints is a tool; its docstring tells the model what it does. Its code runs on this machine
-with your rights, so offer only what the model may do.
+with your rights, so offer only what the model may do. On the screen → is a call, ← its result.
 """
 
 import argparse
-import dataclasses
-import os
+import contextlib
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TextIO
 
-from minilora.chat import DIALECTS, Conversation, Message, dump_json, render
+from minilora.chat import Conversation, Message, decode_reply, render, stop_ids
 from minilora.checkpoint import adapter_base, knows_dialect, open_model
 from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
+from minilora.constrain import Constraint, Vocabulary
+from minilora.dialects import DIALECTS, dump_json
+from minilora.files import write_file
 from minilora.generate import stream, stream_text
 from minilora.model import Gemma
-from minilora.report import run_command
+from minilora.readers import openai_row
+from minilora.report import colors, run_command, visible
 from minilora.tokenizer import Tokenizer
-from minilora.tools import ROUNDS, TIMEOUT, Event, converse, load_tools, tool_schema
+from minilora.tools import (
+    BUDGET,
+    ROUNDS,
+    TIMEOUT,
+    Event,
+    converse,
+    latest,
+    load_tools,
+    shorten,
+    tool_schema,
+)
 from minilora.weights import placement
+
+SHOWN = 1000  # characters of a call or a result on the screen; --json has all of them
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -38,35 +55,75 @@ def main(argv: list[str] | None = None) -> None:
     if tools and not knows_dialect(tokenizer, dialect):
         raise UserError(f"this model has no tokens for {dialect} tool calls; train it with "
                         "train.py and give the run as --adapter")
-    screen = Screen(flags.json, tuple(DIALECTS[dialect].tokens))
+    if flags.think != "on" and THINK not in DIALECTS[dialect].tokens:
+        raise UserError(f"--think {flags.think}: the {dialect} dialect has no token for thinking, "
+                        "so it cannot be told from an answer")
+    screen = Screen(sys.stdout, flags.json, flags.think, tuple(DIALECTS[dialect].tokens))
+    stops = stop_ids(tokenizer, dialect)
+    barred = [tokenizer.token_id(THINK)] if flags.think == "off" and tokenizer.knows(THINK) else []
+    context = model.config.max_position_embeddings
+    room = min(config.max_new, context // 4)  # of it, for a reply
+    messages = [Message("system", flags.system)] if flags.system else []
+    since = len(messages)  # the first message after it that the model is still shown
+    vocabulary = Vocabulary(tokenizer) if config.constrained else None
+
+    def prompt_of(messages: list[Message]) -> list[int]:
+        conversation = Conversation(tuple(messages), tools, "the conversation")
+        return render(conversation, tokenizer, dialect, generate=True).ids
 
     def reply(messages: list[Message]) -> str:
         """One turn of the model, shown as it is written."""
-        conversation = Conversation(tuple(messages), tools, "the conversation")
-        prompt = render(conversation, tokenizer, dialect, generate=True).ids
-        ids = stream(model, prompt, config, tokenizer.stop_ids)
-        return screen.write(stream_text(ids, tokenizer))
+        nonlocal since
+        shown, start = latest(messages, lambda some: len(prompt_of(some)) + room <= context, since)
+        prompt, written = prompt_of(shown), []
+        if start > since and len(prompt) < context:
+            since = start
+            screen.show(Event("context", f"the chat has outgrown the model's {context} tokens and "
+                              f"goes on from its latest {len(shown)} messages; tools are kept"))
+        constraint = vocabulary and Constraint(vocabulary, tools, dialect)
+        ids = stream(model, prompt, config, stops, barred, constraint)
+        screen.write(stream_text(noted(ids, written), tokenizer))
+        if len(written) == min(config.max_new, context - len(prompt)):
+            screen.show(Event("cut", f"the reply has reached {len(written)} tokens and may be cut; "
+                              "--max-new allows more"))
+        return decode_reply(written, tokenizer, dialect)
 
-    opening = [Message("system", flags.system)] if flags.system else []
-    messages = list(opening)
-    questions = [flags.prompt] if flags.prompt is not None else lines()
-    try:
-        for question in questions:
-            messages.append(Message("user", question))
-            try:
-                for event in converse(messages, reply, functions, dialect, flags.rounds,
-                                      flags.timeout or None):
-                    screen.show(event)
-            except UserError as error:
-                if flags.prompt is not None:
-                    raise
-                messages = list(opening)  # most likely the chat has outgrown the model's context
-                print(f"error: {error}; the chat starts anew", file=sys.stderr)
-    except KeyboardInterrupt:
-        if flags.prompt is not None:
+    def ask(question: str) -> None:
+        """One question until it is answered; where that fails, it has never been asked."""
+        nonlocal since
+        before = len(messages), since
+        messages.append(Message("user", question))
+        try:
+            for event in converse(messages, reply, functions, dialect, flags.rounds,
+                                  flags.timeout or None, min(BUDGET, context)):
+                screen.show(event)
+        except (UserError, KeyboardInterrupt):
+            del messages[before[0]:]
+            since = before[1]
             raise
+
+    def row() -> dict:
+        """The conversation so far, as data."""
+        return openai_row(Conversation(tuple(messages), tools))
+
+    with contextlib.redirect_stdout(sys.stderr):  # what a tool prints is not the model's
+        try:
+            for question in lines() if flags.prompt is None else [flags.prompt]:
+                try:
+                    ask(question)
+                except UserError as error:
+                    if flags.prompt is not None:
+                        raise
+                    print(f"error: {visible(str(error))} (the question is left out)",
+                          file=sys.stderr)
+                    continue
+                if flags.transcript:
+                    write_file(Path(flags.transcript), f"{dump_json(row())}\n".encode())
+        except KeyboardInterrupt:
+            if flags.prompt is not None:
+                raise
     if flags.json:
-        print(dump_json({"event": "end", "messages": [plain(each) for each in messages]}))
+        print(dump_json({"event": "end", **row()}))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -80,11 +137,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--system", help="what the model is told before the first question")
     parser.add_argument("--dialect", choices=tuple(DIALECTS),
                         help="how calls are written (default: as the model was trained)")
+    parser.add_argument("--think", choices=("on", "off", "hidden"), default="on",
+                        help="on: what the model thinks is shown, dimmed; hidden: it thinks, and "
+                        "the answer alone is shown; off: it cannot think, which is quicker and "
+                        "often less right (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=ROUNDS,
-                        help="replies in which to find an answer (default: %(default)s)")
+                        help="how often it may call and see results before it has to answer "
+                        "(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=TIMEOUT,
                         help="seconds that a function may take, 0: any (default: %(default)g)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--transcript", metavar="FILE.jsonl", help="write the conversation there "
+                        "after each answer, as a row that train.py --data, validate, show and "
+                        "eval read")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line for what "
+                        "happens; the last one has the whole conversation, as --transcript does")
     add_flags(parser, GenerateConfig)
     add_flags(parser, TrainConfig, only=("dtype", "device"))
     flags = parser.parse_args(argv)
@@ -94,6 +160,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"rounds is {flags.rounds}; expected at least 1")
     if not 0 <= flags.timeout <= threading.TIMEOUT_MAX:
         raise UserError(f"timeout is {flags.timeout:g}; expected seconds, or 0 for any")
+    if flags.transcript and Path(flags.transcript).exists():
+        raise UserError(f"--transcript {flags.transcript}: is there already; choose another name")
     return flags
 
 
@@ -117,38 +185,45 @@ def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str]:
 
 # --- the screen -----------------------------------------------------------------------------------
 
+THINK = "<think>"
+
+
 class Screen:
     """What is shown: thinking dimmed and text as they are written, then each call and its result.
 
-    With `json` nothing but one object for each event.
+    With `json` nothing but one object for each event, and nothing in it is changed.
     """
 
-    def __init__(self, as_json: bool, tags: tuple[str, ...]) -> None:
-        self.json, self.tags = as_json, tags
-        self.color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+    def __init__(self, out: TextIO, as_json: bool, think: str, tags: tuple[str, ...]) -> None:
+        self.out, self.json, self.hidden, self.tags = out, as_json, think == "hidden", tags
+        self.color = colors(out)
 
-    def dim(self, text: str) -> str:
-        return f"\033[2m{text}\033[0m" if self.color else text
+    def say(self, text: str, dim: bool = False, end: str = "\n") -> None:
+        text = visible(text)
+        text = f"\033[2m{text}\033[0m" if dim and self.color else text
+        print(text, end=end, file=self.out, flush=True)
 
-    def write(self, pieces: Iterator[str]) -> str:
-        """Shows the pieces of a reply as they come, less the calls in it; returns all of it."""
-        whole, part, shown, gap = [], "text", False, ""
+    def write(self, pieces: Iterable[str]) -> None:
+        """Shows the pieces of a reply as they come, less the calls in it."""
+        part, shown, gap = "text", False, ""
         for piece in pieces:
-            whole.append(piece)
+            if self.json:
+                continue
             if piece in self.tags:  # a tag is one token and so a piece of its own
-                part = {"<think>": "thinking", "</think>": "text"}.get(piece, "call")
+                part = {THINK: "thinking", "</think>": "text"}.get(piece, "call")
                 if shown:
-                    print()
+                    self.say("")
+                if piece == THINK and self.hidden:
+                    self.say("(thinking, not shown)", dim=True)
                 shown, gap = False, ""
-            elif part != "call" and not self.json:
+            elif part == "text" or part == "thinking" and not self.hidden:
                 piece = gap + piece if shown else piece.lstrip()
                 body = piece.rstrip()  # the space after it is shown once something follows
                 gap, shown = piece[len(body):], shown or bool(body)
                 if body:
-                    print(self.dim(body) if part == "thinking" else body, end="", flush=True)
+                    self.say(body, dim=part == "thinking", end="")
         if shown:
-            print()
-        return "".join(whole)
+            self.say("")
 
     def show(self, event: Event) -> None:
         """Shows an event. Thinking and text are on the screen already."""
@@ -156,17 +231,25 @@ class Screen:
             value = {"event": event.kind, "text": event.text}
             if event.call:
                 value["call"] = {"name": event.call.name, "arguments": event.call.arguments}
-            print(dump_json(value), flush=True)
+            if not (self.hidden and event.kind == "thinking"):
+                print(dump_json(value), file=self.out, flush=True)
         elif event.kind == "call":
-            print(f"→ {event.text}", flush=True)
+            self.say(f"→ {shorten(event.text, SHOWN)}")
         elif event.kind == "result":
-            print(self.dim(f"← {event.text}"), flush=True)
+            self.say(f"← {shorten(event.text, SHOWN)}", dim=True)
         elif event.kind == "malformed":
-            print(f"✗ the call could not be read: {event.text}", flush=True)
-        elif event.kind == "limit":
-            print(f"({event.text}; --rounds allows more)", flush=True)
+            self.say(f"✗ the call could not be read: {event.text}")
         elif event.kind == "answer" and not event.text:
-            print("(the model ended its turn without a word)", flush=True)
+            self.say("(the model ended its turn without a word)")
+        elif event.kind in ("limit", "context", "cut"):
+            self.say(f"({event.text})", dim=event.kind != "limit")
+
+
+def noted(ids: Iterable[int], written: list[int]) -> Iterator[int]:
+    """`ids` as they come, each also put into `written`."""
+    for new in ids:
+        written.append(new)
+        yield new
 
 
 def lines() -> Iterator[str]:
@@ -178,16 +261,6 @@ def lines() -> Iterator[str]:
             return
         if line.strip():
             yield line
-
-
-def plain(message: Message) -> dict:
-    """A message as OpenAI's API writes it, which `train.py --data` reads."""
-    value = {key: item for key, item in dataclasses.asdict(message).items() if item}
-    value["content"] = message.content
-    if message.tool_calls:
-        value["tool_calls"] = [{"type": "function", "function": {
-            "name": call.name, "arguments": call.arguments}} for call in message.tool_calls]
-    return value
 
 
 if __name__ == "__main__":

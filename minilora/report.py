@@ -3,16 +3,15 @@
 import json
 import os
 import sys
+import unicodedata
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TextIO
 
 from tqdm import tqdm
 
-from minilora.chat import Kind
 from minilora.config import UserError
-from minilora.data import IGNORED, Example
 from minilora.files import write_file
-from minilora.tokenizer import Tokenizer
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -21,7 +20,7 @@ def run_command(main: Callable[[], None]) -> int:
         main()
         sys.stdout.flush()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -32,6 +31,28 @@ def run_command(main: Callable[[], None]) -> int:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+_JOINERS = "\u200c\u200d"  # parts of Persian words and of emoji
+
+
+def visible(text: str) -> str:
+    """`text` as it may be shown: a character that would act instead of being seen, by its code.
+
+    Terminal escapes and all other control characters but newline and tab, marks that turn the
+    direction of text around, invisible ones, half surrogate pairs: \\x1b, \\r, \\u202e, \\ud800.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        char if char in "\n\t" or char in _JOINERS
+        or unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+        else char.encode("unicode_escape").decode() for char in text)
+
+
+def colors(stream: TextIO) -> bool:
+    """Whether colours may be written to `stream`: a terminal, and NO_COLOR is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 def say(text: str) -> None:
@@ -121,42 +142,3 @@ def draw_curve(metrics: Path, picture: Path) -> bool:
         axes.legend()
     figure.savefig(picture, dpi=120)
     return True
-
-
-# --- tokens, coloured by kind ---------------------------------------------------------------------
-
-# One ANSI colour a kind: grey for what is only read, colours for what may be trained.
-_COLORS = {Kind.PROMPT: "90", Kind.THINK: "35", Kind.TOOL_CALL: "36", Kind.TOOL_RESPONSE: "33",
-           Kind.ANSWER: "32", Kind.END: "31"}
-
-
-def color_tokens(example: Example, tokenizer: Tokenizer, color: bool = True) -> str:
-    """A conversation as its tokens: coloured by kind, and underlined where they carry loss.
-
-    Without colour, what carries loss stands between ⟦ and ⟧.
-    """
-    kinds, trained = example.kinds.tolist(), (example.labels != IGNORED).tolist()
-    text = []
-    start = 0
-    for at in range(1, len(kinds) + 1):
-        if at < len(kinds) and (kinds[at], trained[at]) == (kinds[start], trained[start]):
-            continue
-        span = tokenizer.decode(example.ids[start:at].tolist())
-        if color:
-            code = _COLORS[Kind(kinds[start])] + (";4" if trained[start] else "")
-            # A newline ends a line's colours in many pagers, so each line gets its own.
-            span = "\n".join(f"\033[{code}m{line}\033[0m" if line else ""
-                             for line in span.split("\n"))
-        elif trained[start]:
-            span = f"⟦{span}⟧"
-        text.append(span)
-        start = at
-    return "".join(text)
-
-
-def color_legend(color: bool = True) -> str:
-    """What the colours of `color_tokens` mean."""
-    if not color:
-        return "⟦ ⟧ carries loss"
-    names = (f"\033[{code}m{kind.name.lower()}\033[0m" for kind, code in _COLORS.items())
-    return " · ".join(names) + " · \033[4munderlined\033[0m carries loss"

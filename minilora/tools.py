@@ -9,6 +9,8 @@ Nothing the model writes is evaluated: a call is parsed as JSON, its name is loo
 functions offered, and its arguments are checked against the schema before the function sees them.
 """
 
+import copy
+import dataclasses
 import difflib
 import enum
 import importlib.util
@@ -21,16 +23,20 @@ import threading
 import traceback
 import types
 import typing
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from pathlib import Path, PurePath
 
-from minilora.chat import MalformedCall, Message, ToolCall, dump_json, split_reply
+from minilora.chat import MalformedCall, Message, ToolCall, split_reply
 from minilora.config import UserError
+from minilora.dialects import dump_json
 
 TIMEOUT = 30.0  # seconds that a function may take
 BUDGET = 4000   # characters of its result that the model is shown
-ROUNDS = 8      # replies in which the model is to find an answer
+ROUNDS = 8      # rounds of calls that are run for one question
+REPEATS = 2     # times that the very same call may fail
 
 # --- a function's schema --------------------------------------------------------------------------
 
@@ -45,11 +51,16 @@ def tool_schema(function: Callable) -> dict:
     from the hints, descriptions from the docstring (Google, reST or NumPy style) or `Annotated`;
     a parameter with a default is not required. Raises UserError that names function and parameter
     for a hint that JSON cannot express, for a missing hint, for *args, **kwargs and
-    positional-only parameters (a call passes names), and for async functions.
+    positional-only parameters (a call passes names), and for what is no plain function: a lambda,
+    a class, a generator, an async function.
     """
     name = function.__name__
+    if not name.isidentifier() or isinstance(function, type):
+        raise UserError(f"tool {name}: not a function with a name; write it with def")
     if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
         raise UserError(f"tool {name} is async; give a plain function")
+    if inspect.isgeneratorfunction(function):
+        raise UserError(f"tool {name} yields its results one by one; return them as a list")
     try:
         signature = inspect.signature(function)
         hints = typing.get_type_hints(function, include_extras=True)
@@ -296,23 +307,25 @@ def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | No
              budget: int = BUDGET) -> str:
     """Runs one call and returns what the model is told: the result, or {"error": …}.
 
-    A string is returned as it is, anything else as JSON; past `budget` characters it is cut, and
-    says so. Nothing raises: an unknown tool, bad arguments, an exception, a result that JSON cannot
-    hold and a function that takes longer than `timeout` seconds (None: no limit) are errors that
-    the model can read and mend. Python cannot stop a running thread: a function that has run out
-    of time goes on in a daemon thread until it returns or the program ends.
+    A string is returned as it is, anything else as JSON (dates, paths, sets, dataclasses, arrays
+    and their like as the nearest that JSON has); of what is longer than `budget` characters the
+    model sees both ends (`shorten`). Nothing raises: an unknown tool, bad arguments, an exception,
+    a result that JSON cannot hold and a function that takes longer than `timeout` seconds (None: no
+    limit) are errors that the model can read and mend. Python cannot stop a running thread: a
+    function that has run out of time goes on in a daemon thread until it returns or the program
+    ends.
     """
     done: dict[str, str] = {}
 
     def work() -> None:
         try:
             hints = typing.get_type_hints(function, include_extras=True)
-            arguments = {key: _convert(value, hints[key]) for key, value in call.arguments.items()}
-            result = function(**arguments)
+            given = copy.deepcopy(call.arguments)  # what it does to a list is not what was called
+            result = function(**{key: _convert(value, hints[key]) for key, value in given.items()})
             done["text"] = (result if isinstance(result, str) else
-                            json.dumps(result, ensure_ascii=False, allow_nan=False))
+                            json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain))
         except BaseException as error:  # SystemExit too: a tool must not end the chat
-            done["text"] = dump_json({"error": _one_line(error)})
+            done["text"] = _error(_one_line(error))
 
     function, error = functions.get(call.name), ""
     if function is None:
@@ -325,11 +338,58 @@ def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | No
         thread.join(timeout)
         if thread.is_alive():
             error = f"{call.name} took longer than {timeout:g} seconds"
-    text = dump_json({"error": error}) if error else done["text"]
+    text = _error(error) if error else done["text"]
     text = text.encode(errors="replace").decode()  # a tokenizer takes no half surrogate pair
-    if len(text) > budget:
-        text = f"{text[:budget]}… (cut: {budget} of {len(text)} characters)"
-    return text
+    return shorten(text, budget)
+
+
+def _error(text: str) -> str:
+    """How the model is told of a failure."""
+    return dump_json({"error": text})
+
+
+def _plain(value: object) -> object:
+    """What `json` is given for a result that it does not know."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=str)
+    if isinstance(value, PurePath | Decimal):
+        return str(value)
+    for name in ("isoformat", "tolist"):  # dates and times; arrays and numbers of numpy and torch
+        if hasattr(value, name):
+            return getattr(value, name)()
+    raise TypeError(f"a result of type {type(value).__name__} is not JSON; return text, a number, "
+                    "a list or a dict")
+
+
+# A JSON escape; a character past U+FFFF has two that belong together.
+ESCAPE = re.compile(r"\\(?:u[dD][89abAB]\w\w\\u\w{4}|u\w{4}|.)", re.DOTALL)
+LONGEST = 11  # characters of one after its backslash
+
+
+def shorten(text: str, budget: int) -> str:
+    """`text`, or its first three quarters and last quarter of `budget` characters.
+
+    Between the ends stands how many characters are missing. No JSON escape is cut in two.
+    """
+    if len(text) <= budget:
+        return text
+    head = _before_escape(text, budget * 3 // 4)
+    tail = _before_escape(text, min(len(text) - budget // 4 + LONGEST, len(text)))
+    return f"{text[:head]} … ({tail - head} of {len(text)} characters left out) … {text[tail:]}"
+
+
+def _before_escape(text: str, at: int) -> int:
+    """`at`, or the start of the JSON escape that a cut there would break."""
+    for start in range(max(0, at - LONGEST), at):
+        before = start - len(text[:start].rstrip("\\"))  # an odd number of \ escapes the next one
+        found = ESCAPE.match(text, start) if before % 2 == 0 else None
+        if found and found.end() > at:
+            return start
+    return at
 
 
 # --- think, act, observe --------------------------------------------------------------------------
@@ -339,7 +399,7 @@ class Event:
     """Something that happened in `converse`.
 
     kind: `thinking`, `text` (beside a call), `call`, `result`, `malformed` (a call that could not
-    be read; the text says why), `answer`, or `limit` (the rounds are used up).
+    be read; the text says why), `answer`, or `limit` (there is none; the text says why).
     """
 
     kind: str
@@ -349,35 +409,81 @@ class Event:
 
 def converse(messages: list[Message], reply: Callable[[Sequence[Message]], str],
              functions: dict[str, Callable], dialect: str = "hermes", rounds: int = ROUNDS,
-             timeout: float | None = TIMEOUT) -> Iterator[Event]:
-    """Lets the model think, call and observe until it answers, at most `rounds` replies long.
+             timeout: float | None = TIMEOUT, budget: int = BUDGET) -> Iterator[Event]:
+    """Lets the model think, call and observe until it answers.
 
     `reply(messages)` is the model: the text of its next turn. Each turn and each result is appended
-    to `messages`, so that a chat goes on from there. A call that cannot be read goes back to the
-    model as an error, as a bad call does. The calls of one turn run one after the other.
+    to `messages`, so that a chat goes on from there. The calls of one turn run one after the other
+    in their order, for one may need what the other did. After `rounds` rounds, or when the very
+    same call has failed `REPEATS` times, no call is run any more: the model is told so and may
+    reply twice. Where it still does not answer, a last message says that in its place.
+
+    A call that cannot be read goes back to the model as an error, as a bad call does. When the
+    question is done with, such replies leave `messages`: they have served, and every conversation
+    that stays can be trained on.
     """
-    for _ in range(rounds):
+    failures: Counter[str] = Counter()
+    unread: list[Message] = []  # replies that could not be read, and what was said to them
+    ended = no_more = ""        # why no call is run any more, and what the model is told then
+    number, last = 0, None
+    while number != last:
+        number += 1
         text = reply(messages)
         try:
             turn = split_reply(text, dialect)
         except MalformedCall as error:
-            problem = dump_json({"error": f"the call could not be read: {error}"})
-            messages += [Message("assistant", text), Message("tool", problem)]
+            problem = _error(f"the call could not be read: {error}{no_more}")
+            unread += [Message("assistant", text), Message("tool", problem)]
+            messages += unread[-2:]
+            failures[text] += 1
             yield Event("malformed", str(error))
-            continue
-        messages.append(turn)
-        if turn.thinking:
-            yield Event("thinking", turn.thinking)
-        if not turn.tool_calls:
-            yield Event("answer", turn.content)
-            return
-        if turn.content:
-            yield Event("text", turn.content)
-        for call in turn.tool_calls:
-            arguments = ", ".join(f"{key}={dump_json(value)}"
-                                  for key, value in call.arguments.items())
-            yield Event("call", f"{call.name}({arguments})", call)
-            result = run_call(functions, call, timeout)
-            messages.append(Message("tool", result, name=call.name, tool_call_id=call.id))
-            yield Event("result", result, call)
-    yield Event("limit", f"no answer after {rounds} rounds")
+        else:
+            if turn.thinking:
+                yield Event("thinking", turn.thinking)
+            if not turn.tool_calls:
+                final = Event("answer", turn.content)
+                turn = turn if turn.content else replace(turn, content="[no answer]")
+                break
+            messages.append(turn)
+            if turn.content:
+                yield Event("text", turn.content)
+            for call in turn.tool_calls:
+                arguments = ", ".join(f"{key}={dump_json(value)}"
+                                      for key, value in call.arguments.items())
+                yield Event("call", f"{call.name}({arguments})", call)
+                result = (_error(f"not run{no_more}") if no_more else
+                          run_call(functions, call, timeout, budget))
+                failures[f"{call.name}({arguments})"] += result.startswith('{"error":')
+                messages.append(Message("tool", result, name=call.name, tool_call_id=call.id))
+                yield Event("result", result, call)
+        if not ended and (number == rounds or max(failures.values(), default=0) >= REPEATS):
+            ended = (f"{rounds} rounds of calls were made" if number == rounds else
+                     f"the same call failed {REPEATS} times")
+            no_more = f"; no more calls, for {ended}: answer with what is known"
+            last = number + 2
+    else:
+        final = Event("limit", f"no answer: {ended}")
+        turn = Message("assistant", f"[{final.text}]")
+    served = set(map(id, unread))
+    messages[:] = [message for message in messages if id(message) not in served] + [turn]
+    yield final
+
+
+def latest(messages: Sequence[Message], fits: Callable[[list[Message]], bool], since: int = 0,
+           ) -> tuple[list[Message], int]:
+    """What the model is still shown of a chat that has outgrown its context, and where that starts.
+
+    A system message stays. The rest is left out from its oldest end, a question and all that came
+    of it at a time, up to message `since` in any case; at last the earlier rounds of calls of the
+    latest question, which itself stays. Where nothing fits it is the least there can be.
+    """
+    opening = [message for message in messages[:1] if message.role == "system"]
+    question = max(at for at, message in enumerate(messages) if message.role == "user")
+    starts = [at for at in range(min(since, question), len(messages))
+              if messages[at].role == ("user" if at <= question else "assistant")]
+    for start in starts:
+        asked = [messages[question]] if start > question else []
+        kept = [*opening, *asked, *messages[start:]]
+        if fits(kept):
+            break
+    return kept, start

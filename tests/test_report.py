@@ -1,16 +1,17 @@
-"""What is shown: mistakes as one line, metrics that survive a crash, a curve, tokens by kind."""
+"""What is shown: mistakes as one line, text that cannot act, metrics that survive a crash, a curve.
+"""
 
+import io
 import json
+import sys
+import unicodedata
 
 import pytest
-from tiny_tokenizer import make_tokenizer_model
 
-from minilora.chat import DIALECTS, Conversation, Message, ToolCall
 from minilora.config import UserError
-from minilora.data import make_example
 from minilora.report import (
     append_metrics,
-    color_tokens,
+    colors,
     count,
     draw_curve,
     duration,
@@ -18,12 +19,13 @@ from minilora.report import (
     read_metrics,
     run_command,
     table,
+    visible,
 )
-from minilora.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("error, status, line", [
     (None, 0, ""), (UserError("calls.jsonl:3: bad"), 2, "error: calls.jsonl:3: bad\n"),
+    (UserError("role \x1b[2J"), 2, "error: role \\x1b[2J\n"),
     (PermissionError(13, "Permission denied", "runs/a"), 2, "error: runs/a: Permission denied\n"),
     (OSError(28, "No space left on device"), 2, "error: the disk: No space left on device\n"),
     (KeyboardInterrupt(), 130, "stopped\n")])
@@ -47,6 +49,31 @@ def test_numbers_for_people():
     assert table([("a", "1"), ("long", "2")]) == "a     1\nlong  2"
 
 
+def test_every_character_is_shown_as_it_is_or_cannot_act():
+    """What a terminal obeys, what turns text around and what cannot be seen is named instead."""
+    for code in range(sys.maxunicode + 1):
+        char = chr(code)
+        if visible(char) == char:
+            assert (unicodedata.category(char) not in ("Cc", "Cf", "Cs", "Zl", "Zp")
+                    or char in "\n\t\u200c\u200d"), hex(code)
+        else:
+            assert visible(char).isascii() and visible(char).isprintable()
+            assert visible(char).encode().decode("unicode_escape") == char
+    assert visible("a\x1b[31m\r\n\tü 👩\u200d👧\u202e\ud800") == (
+        "a\\x1b[31m\\r\n\tü 👩\u200d👧\\u202e\\ud800")
+
+
+def test_colours_only_where_they_are_wanted(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert colors(Terminal()) and not colors(io.StringIO())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert not colors(Terminal())
+
+
 def test_metrics_survive_a_cut_line_and_a_resume(tmp_path):
     path = tmp_path / "metrics.jsonl"
     assert read_metrics(path) == []
@@ -68,18 +95,3 @@ def test_the_curve_is_a_picture(tmp_path, records):
         append_metrics(tmp_path / "metrics.jsonl", record)
     assert draw_curve(tmp_path / "metrics.jsonl", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_tokens_by_kind(tmp_path):
-    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path).parent)
-    tokenizer.add_tokens(DIALECTS["hermes"].tokens)
-    call = ToolCall("find_book", {"title": "Paris"})
-    example = make_example(Conversation((
-        Message("user", "find Paris"), Message("assistant", thinking="a book", tool_calls=(call,)),
-        Message("tool", "42"), Message("assistant", "42."))), tokenizer)
-    plain = color_tokens(example, tokenizer, color=False)
-    assert plain.replace("⟦", "").replace("⟧", "") == tokenizer.decode(example.ids.tolist())
-    assert '⟦<tool_call>\n{"name": "find_book", "arguments": {"title": "Paris"}}\n' in plain
-    assert "⟦42.⟧⟦<end_of_turn>⟧" in plain and "⟦<tool_response>" not in plain
-    colored = color_tokens(example, tokenizer)
-    assert "\033[36;4m<tool_call>\033[0m" in colored and "\033[33m42\033[0m" in colored

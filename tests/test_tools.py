@@ -1,17 +1,35 @@
 """Functions become schemas, calls are checked before they run, and the loop ends."""
 
+import dataclasses
+import datetime
 import enum
 import json
+import re
 import threading
+from decimal import Decimal
+from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
+import numpy as np
 import pytest
+import torch
+from conftest import LAW
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minilora.chat import DIALECTS, Message, ToolCall
+from minilora.chat import Message, ToolCall
 from minilora.config import UserError
-from minilora.tools import check_arguments, converse, load_tools, run_call, tool_schema
+from minilora.dialects import DIALECTS
+from minilora.tools import (
+    REPEATS,
+    check_arguments,
+    converse,
+    latest,
+    load_tools,
+    run_call,
+    shorten,
+    tool_schema,
+)
 
 
 def parameters(function):
@@ -92,13 +110,17 @@ def test_functions_that_a_call_cannot_reach_are_refused():
     def positional(city: str, /): ...
     def unknown(city: "Nowhere"): ...  # noqa: F821
     async def later(city: str): ...
+    def one_by_one(city: str): yield city
 
     for function, message in [(bare, "tool bare, parameter city: no type hint"),
                               (stars, "tool stars, parameter cities: a call passes"),
                               (named, "tool named, parameter cities: a call passes"),
                               (positional, "tool positional, parameter city: a call passes"),
                               (unknown, "tool unknown: its type hints cannot be read"),
-                              (later, "tool later is async")]:
+                              (later, "tool later is async"),
+                              (one_by_one, "tool one_by_one yields"),
+                              (lambda: 1, "tool <lambda>: not a function with a name"),
+                              (Unit, "tool Unit: not a function with a name")]:
         with pytest.raises(UserError, match=message) as caught:
             tool_schema(function)
         assert "\n" not in str(caught.value)
@@ -279,6 +301,48 @@ def test_a_result_is_text_or_json():
         '{"city": "Zürich", "days": 1, "unit": "KELVIN"}')
 
 
+@dataclasses.dataclass
+class Place:
+    name: str
+    since: datetime.date
+
+
+@pytest.mark.parametrize("value, text", [
+    (Place("Ur", datetime.date(2026, 1, 2)), '{"name": "Ur", "since": "2026-01-02"}'),
+    ([Unit.KELVIN, Path("a") / "b", Decimal("1.50")], '["kelvin", "a/b", "1.50"]'),
+    ({"b", "a"}, '["a", "b"]'), ((1, 2), "[1, 2]"),
+    ([np.float32(0.5), np.int64(3), np.bool_(True), np.arange(3)], "[0.5, 3, true, [0, 1, 2]]"),
+    (torch.ones(2, 1), "[[1.0], [1.0]]"),
+])
+def test_what_json_lacks_becomes_the_nearest_that_it_has(value, text):
+    def give():
+        return value
+
+    assert run(give) == text
+
+
+def test_methods_are_tools_and_a_tool_may_print_and_start_threads(capsys):
+    class Office:
+        def greet(self, name: str) -> str:
+            print("working")
+            thread = threading.Thread(target=print, args=("on it",))
+            thread.start()
+            thread.join()
+            return f"Hello {name}"
+
+    assert run(Office().greet, name="Ann") == "Hello Ann"
+
+
+def test_what_a_function_does_to_its_arguments_is_not_what_was_called():
+    def empty(items: list, options: dict):
+        items.clear()
+        options["done"] = True
+
+    call = ToolCall("empty", {"items": [1, [2]], "options": {}})
+    assert run_call({"empty": empty}, call) == "null"
+    assert call.arguments == {"items": [1, [2]], "options": {}}
+
+
 def test_arguments_are_converted_as_the_hints_ask():
     def types(a: float, b: list[Unit], c: Annotated[dict[str, float], "x"],
               d: Unit | None = None, e: float | None = None, f: int | float = 0):
@@ -291,7 +355,10 @@ def test_arguments_are_converted_as_the_hints_ask():
 
 def test_what_goes_wrong_goes_back_to_the_model():
     def bad_result():
-        return {1, 2}
+        return b"bytes"
+
+    def generator():
+        return (number for number in range(3))
 
     def not_a_number():
         return [float("nan")]
@@ -312,7 +379,8 @@ def test_what_goes_wrong_goes_back_to_the_model():
 
     assert error(explode, city="Ur") == "LookupError: no such city: Ur"
     assert error(leave) == "SystemExit: 3"
-    assert "set is not JSON" in error(bad_result)
+    assert "a result of type bytes is not JSON" in error(bad_result)
+    assert "a result of type generator is not JSON" in error(generator)
     assert "Out of range float" in error(not_a_number)
     assert "Circular" in error(circular)
     assert error(explode, city=1) == "city: expected a string, got 1"
@@ -356,10 +424,41 @@ def test_a_function_that_takes_too_long_is_left_behind():
 
 def test_a_long_result_is_cut_and_says_so():
     def long():
-        return "é" * 50
+        return "é" * 50 + "z"
 
-    assert run(long, budget=50) == "é" * 50
-    assert run(long, budget=10) == "é" * 10 + "… (cut: 10 of 50 characters)"
+    assert run(long, budget=51) == "é" * 50 + "z"
+    assert run(long, budget=40) == (
+        "é" * 30 + " … (21 of 51 characters left out) … ")
+    assert run(long, budget=50) == "é" * 37 + " … (13 of 51 characters left out) … z"
+
+    def endless():
+        return "x" * 10_000_000
+
+    assert len(run(endless)) < 4100
+    huge = ToolCall("y" * 1_000_000, {"z" * 1_000_000: "w" * 1_000_000})
+    for functions in ({}, {"y" * 1_000_000: long}):
+        assert len(run_call(functions, huge)) < 4100
+
+
+@LAW
+@given(value=st.text(max_size=200) | st.text("\\\"\n\u00e9u0a", max_size=200),
+       ascii=st.booleans(), budget=st.integers(1, 80))
+def test_what_is_left_of_a_long_text_is_its_two_ends_with_whole_escapes(value, ascii, budget):
+    text = json.dumps(value, ensure_ascii=ascii)
+    short = shorten(text, budget)
+    if len(text) <= budget:
+        assert short == text
+        return
+    found = re.fullmatch(r"(.*) … \((\d+) of (\d+) characters left out\) … (.*)", short,
+                         re.DOTALL)
+    head, missing, whole, tail = found.groups()
+    assert text.startswith(head) and text.endswith(tail) and len(head) + len(tail) <= budget
+    assert int(whole) == len(text) == len(head) + int(missing) + len(tail)
+    assert len(head) + len(tail) > budget - 2 * 12 - 2  # two escapes, two roundings
+    if head.startswith('"'):
+        assert value.startswith(json.loads(head + '"'))  # an escape cut in two is no JSON
+    if tail.endswith('"') and len(tail) > 1:
+        assert value.endswith(json.loads('"' + tail))
 
 
 def test_half_a_surrogate_pair_does_not_get_through():
@@ -480,21 +579,80 @@ def test_errors_go_back_and_the_model_may_mend_them():
         True, True, False]
 
 
-def test_a_call_that_cannot_be_read_goes_back_as_it_stood():
+def test_a_call_that_cannot_be_read_goes_back_as_it_stood_and_leaves_when_it_has_served():
     broken = '<tool_call>\n{"name": "get_weather"'
-    messages, events, seen = talk([broken, "Sorry."])
-    assert [event.kind for event in events] == ["malformed", "answer"]
-    assert messages[1] == Message("assistant", broken)
-    assert messages[2].role == "tool"
-    assert "could not be read: not JSON" in json.loads(messages[2].content)["error"]
-    assert seen == [1, 3]
+    messages, said = [Message("user", "Weather?")], iter([broken, hermes("nothing"), "Sorry."])
+    seen = []
+
+    def reply(history):
+        seen.append(list(history))
+        return next(said)
+
+    events = list(converse(messages, reply, {}))
+    assert [event.kind for event in events] == ["malformed", "call", "result", "answer"]
+    assert seen[1][1] == Message("assistant", broken) and seen[1][2].role == "tool"
+    assert "could not be read: not JSON" in json.loads(seen[1][2].content)["error"]
+    assert seen[2][:3] == seen[1]  # for the whole question
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1].tool_calls == (ToolCall("nothing", {}),)
 
 
-@pytest.mark.parametrize("reply", [hermes("get_weather", city="Ur"), "<tool_call>"])
-def test_a_model_that_never_answers_is_stopped(reply):
-    messages, events, seen = talk([reply] * 9, rounds=3)
-    assert (events[-1].kind, events[-1].text) == ("limit", "no answer after 3 rounds")
-    assert len(seen) == 3 and len(messages) == 1 + 2 * 3
+def test_two_calls_of_one_name_both_run():
+    count = []
+
+    def add():
+        count.append(1)
+        return len(count)
+
+    messages, _, _ = talk([hermes("add") + "\n" + hermes("add"), "Two."], [add])
+    assert [message.content for message in messages if message.role == "tool"] == ["1", "2"]
+
+
+def test_a_model_that_never_stops_calling_is_told_and_stopped():
+    reached = []
+
+    def look(at: int):
+        reached.append(at)
+
+    messages, events, seen = talk([hermes("look", at=number) for number in range(9)], [look],
+                                  rounds=3)
+    assert reached == [0, 1, 2] and len(seen) == 5
+    errors = [json.loads(event.text)["error"] for event in events[-5:] if event.kind == "result"]
+    assert errors == ["not run; no more calls, for 3 rounds of calls were made: answer with what "
+                      "is known"] * 2
+    assert (events[-1].kind, events[-1].text) == ("limit",
+                                                  "no answer: 3 rounds of calls were made")
+    assert messages[-1] == Message("assistant", "[no answer: 3 rounds of calls were made]")
+    assert len(messages) == 1 + 2 * 5 + 1
+
+
+def test_a_model_may_still_answer_after_the_last_round():
+    for replies in ([hermes("get_weather", city="Ur"), "Dry."],
+                    [hermes("get_weather", city="Ur")] * 2 + ["Dry."]):
+        messages, events, _ = talk(replies, rounds=1)
+        assert (events[-1].kind, events[-1].text) == ("answer", "Dry.")
+        assert messages[-1] == Message("assistant", "Dry.")
+
+
+@pytest.mark.parametrize("reply", [hermes("get_weather", city=5), hermes("nothing"), "<tool_call>"])
+def test_a_model_that_repeats_what_failed_is_stopped_early(reply):
+    messages, events, seen = talk([reply] * 9, rounds=8)
+    assert len(seen) == REPEATS + 2
+    assert events[-1].text == f"no answer: the same call failed {REPEATS} times"
+    assert any("no more calls" in event.text for event in events) is (reply != "<tool_call>")
+    assert messages[-1].content == f"[{events[-1].text}]"
+    assert all("<tool_call>" not in message.content for message in messages)
+
+
+def test_a_call_that_succeeds_may_be_made_again():
+    replies = [hermes("get_weather", city="Ur")] * 5 + ["Dry."]
+    assert talk(replies)[1][-1].text == "Dry."
+
+
+def test_a_turn_without_a_word_is_told_apart():
+    messages, events, _ = talk(["<think>\nhm"])
+    assert [(event.kind, event.text) for event in events] == [("thinking", "hm"), ("answer", "")]
+    assert messages[-1] == Message("assistant", "[no answer]", "hm")
 
 
 def test_text_of_the_model_is_never_evaluated():
@@ -513,3 +671,39 @@ def test_an_answer_without_a_call_ends_at_once_in_every_dialect(dialect):
     messages, events, _ = talk([" Hello. "], (), dialect)
     assert [(event.kind, event.text) for event in events] == [("answer", "Hello.")]
     assert messages[-1] == Message("assistant", "Hello.")
+
+
+@LAW
+@given(asked=st.lists(st.integers(0, 3), min_size=1, max_size=5), system=st.booleans(),
+       room=st.integers(0, 30), since=st.integers(0, 12))
+def test_what_is_kept_of_a_long_chat(asked, system, room, since):
+    """System, the latest question and its latest round stay; what goes is the oldest, and no more
+    than need be; nothing comes back; what is left is a conversation."""
+    messages = [Message("system", "s")] if system else []
+    for number, calls in enumerate(asked):
+        messages.append(Message("user", f"u{number}"))
+        for _ in range(calls):
+            messages += [Message("assistant", f"a{len(messages)}"),
+                         Message("tool", f"t{len(messages)}")]
+        if number < len(asked) - 1:
+            messages.append(Message("assistant", f"a{len(messages)}"))
+
+    def fits(some):
+        return len(some) <= room
+
+    kept, start = latest(messages, fits, since)
+    assert kept[:system] == messages[:system] and kept[-1] is messages[-1]
+    rest = kept[system:]
+    assert rest[0].role == "user" and Message("user", f"u{len(asked) - 1}") in rest
+    for before, after in zip(rest, rest[1:], strict=False):
+        assert after.role != "tool" or before.role == "assistant"
+    assert [message for message in messages if message in kept] == kept  # none twice, none moved
+    question = messages.index(Message("user", f"u{len(asked) - 1}"))
+    assert start >= min(since, question)
+    assert latest(messages, fits, start) == (kept, start)
+    for at in range(max(min(since, question), system), start):  # what is longer does not fit
+        assert messages[at].role != "user" or not fits(messages[:system] + messages[at:])
+    if not fits(kept):  # then nothing would
+        assert len(rest) <= 3
+    larger, earlier = latest(messages, lambda some: len(some) <= room + 1, since)
+    assert earlier <= start and larger[len(larger) - len(rest) + 1:] == rest[1:]

@@ -1,0 +1,220 @@
+"""A chat at the screen, with a model that says what the test has written for it."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from tiny_tokenizer import make_tokenizer_model
+
+from minilora.chat import Message, ToolCall, render, stop_ids
+from minilora.config import GenerateConfig, UserError
+from minilora.dialects import DIALECTS
+from minilora.generate import stream
+from minilora.readers import openai_row, read_conversations
+from minilora.tokenizer import Tokenizer
+from minilora.tools import load_tools, tool_schema
+
+ROOT = Path(__file__).parents[1]
+TOOLS = '''
+def weather(city: str) -> str:
+    """The weather of a city."""
+    print("looking")
+    return "rain in " + city
+
+
+def fail() -> str:
+    raise LookupError("no \\x1b[31m")
+'''
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ur"}}\n</tool_call>'
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> Tokenizer:
+    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")).parent)
+    for dialect in DIALECTS.values():
+        tokenizer.add_tokens(dialect.tokens)
+    return tokenizer
+
+
+@pytest.fixture
+def chat(tokenizer, tmp_path, monkeypatch, capsys):
+    """Runs infer.py with lines of a person and replies of a model: (stdout, stderr, prompts)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_tools.py").write_text(TOOLS)
+
+    def run(questions: list[str], replies: list[str], *flags: str, context: int = 4000,
+            dialect: str = "hermes"):
+        spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
+        infer = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(infer)
+        said, prompts = iter(replies), []
+        tags = "|".join(map(re.escape, DIALECTS[dialect].tokens))
+
+        def stream(model, prompt, config, stops, barred=(), *_, **__):
+            assert set(stops) == set(stop_ids(tokenizer, dialect))
+            run.barred = [tokenizer.decode([i]) for i in barred]
+            if len(prompt) >= context:
+                raise UserError("too long")
+            prompts.append(tokenizer.decode(prompt))
+            text = next(said)
+            if text == "!":
+                raise UserError("broken")
+            parts = re.split(f"({tags})", text)
+            ids = [i for part in parts for i in (
+                [tokenizer.token_id(part)] if re.fullmatch(tags, part) else tokenizer.encode(part))]
+            yield from ids[:min(config.max_new, context - len(prompt))]
+
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+        monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, dialect))
+        monkeypatch.setattr(infer, "stream", stream)
+        monkeypatch.setattr(infer, "lines", lambda: iter(questions))
+        infer.main(["--tools", "my_tools.py", "--max-new", "100", *flags])
+        return *capsys.readouterr(), prompts
+
+    return run
+
+
+def test_a_question_on_the_screen(chat):
+    out, error, _ = chat(["Rain?"], ["<think>\nHm.\n</think>\nI look.\n" + CALL, "It rains."])
+    assert out == ('Hm.\nI look.\n→ weather(city="Ur")\n← rain in Ur\nIt rains.\n')
+    assert "looking" in error  # what a tool prints is not mixed with what the model says
+
+
+def test_hidden_thinking_is_told_but_not_shown_and_stays_in_the_history(chat):
+    replies = ["<think>\nsecret\n</think>\nYes.", "No."]
+    out, _, prompts = chat(["One?", "Two?"], replies, "--think", "hidden")
+    assert out == "(thinking, not shown)\nYes.\nNo.\n"
+    assert "<think>\nsecret\n</think>\nYes." in prompts[1]  # as training renders it
+    out, _, _ = chat(["One?"], replies, "--think", "hidden", "--json")
+    assert "thinking" not in [json.loads(line)["event"] for line in out.splitlines()]
+
+
+def test_a_model_that_must_not_think_cannot(chat):
+    for think, barred in (("on", []), ("hidden", []), ("off", ["<think>"])):
+        chat(["One?"], ["Yes."], "--think", think)
+        assert chat.barred == barred
+
+
+def test_barred_ids_are_never_drawn():
+    """And the rest is drawn as it would be: greedily, the likeliest of what is left."""
+    model, prompt = tiny_model(), [5, 300, 7]
+    for config in (GenerateConfig(max_new=20), GenerateConfig(max_new=20, temperature=2.0)):
+        free = list(stream(model, prompt, config, ()))
+        barred = set(free)
+        assert list(stream(model, prompt, config, (), ())) == free
+        new = list(stream(model, prompt, config, (), barred))
+        assert len(new) == 20 and not barred & set(new)
+        if not config.temperature:
+            logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1:-1]
+            logits[:, list(barred)] = -torch.inf
+            assert logits.argmax(-1).tolist() == new
+
+
+def test_thinking_that_no_token_marks_cannot_be_hidden(chat):
+    for think in ("hidden", "off"):
+        with pytest.raises(UserError, match=f"--think {think}: the mistral dialect has no token"):
+            chat([], [], "--think", think, dialect="mistral")
+
+
+@pytest.mark.parametrize("evil", ["\x1b[2J", "\x9b31m", "a\rb", "\u202eabc", "\x07\x00\x7f\u2028"])
+def test_nothing_that_a_terminal_would_obey_is_printed(chat, evil):
+    replies = [f"<think>\n{evil}.\n</think>\n{evil}.\n" + CALL.replace(
+        "Ur", json.dumps(evil)[1:-1]), CALL.replace("weather", "fail").replace(
+        '"city": "Ur"', ""), f"Hm{evil}.\n"]
+    out, error, _ = chat(["Rain?"], replies)
+    raw, _, _ = chat(["Rain?"], replies, "--json")
+    for shown in (out, error):
+        assert all(char.isprintable() or char == "\n" for char in shown)
+    last = json.loads(raw.rstrip("\n").split("\n")[-1])
+    assert last["messages"][1]["content"] == f"{evil}."  # exact for programs
+    assert last["messages"][2]["content"] == f"rain in {evil}"
+
+
+def test_a_transcript_is_data(chat, tmp_path):
+    """What is written reads as the conversation that was held, is rendered the same, and is data
+    that can be written again."""
+    replies = ["<think>\nHm. “ü”\n</think>\nI look.\n" + CALL + "\n" + CALL.replace("Ur", "Oz\\n{"),
+               "It rains.", "<tool_call>\n{oops", CALL.replace("weather", "fail"), "",
+               "Bye."]
+    out, _, _ = chat(["Rain? 𐀀", "And now?", "Bye"], replies, "--transcript", "new/chat.jsonl",
+                     "--system", "Be brief.", "--json")
+    conversation, = read_conversations("new/chat.jsonl")
+    functions = load_tools(tmp_path / "my_tools.py").values()
+    call, other = ToolCall("weather", {"city": "Ur"}), ToolCall("weather", {"city": "Oz\n{"})
+    assert conversation.tools == tuple(map(tool_schema, functions))
+    roles = [message.role for message in conversation.messages]
+    assert roles == ["system", "user", "assistant", "tool", "tool", "assistant", "user",
+                     "assistant", "tool", "assistant", "user", "assistant"]
+    assert conversation.messages[2] == Message("assistant", "I look.", "Hm. “ü”", (call, other))
+    assert conversation.messages[4] == Message("tool", "rain in Oz\n{", name="weather")
+    assert conversation.messages[9] == Message("assistant", "[no answer]")
+    row = json.loads((tmp_path / "new/chat.jsonl").read_text())
+    assert row == openai_row(conversation)
+    last = json.loads(out.splitlines()[-1])
+    assert last == {"event": "end", **row}
+
+
+def test_a_transcript_renders_as_the_last_prompt_did(chat, tokenizer):
+    replies = ["<think>\nHm.\n</think>\n" + CALL, "It rains.", "Bye."]
+    _, _, prompts = chat(["Rain?", "Bye"], replies, "--transcript", "chat.jsonl")
+    conversation, = read_conversations("chat.jsonl")
+    whole = tokenizer.decode(render(conversation, tokenizer).ids)
+    assert whole == prompts[-1] + "Bye.<end_of_turn>\n"
+
+
+def test_a_transcript_is_written_after_every_answer_and_over_nothing(chat, tmp_path, monkeypatch):
+    path = tmp_path / "chat.jsonl"
+    seen = []
+    questions = (seen.append(path.exists() and len(read_conversations(path)[0].messages)) or text
+                 for text in ("One?", "Two?"))
+    chat(questions, ["Yes.", "No."], "--transcript", "chat.jsonl")
+    assert seen == [False, 2] and len(read_conversations(path)[0].messages) == 4
+    with pytest.raises(UserError, match="chat.jsonl: is there already"):
+        chat([], [], "--transcript", "chat.jsonl")
+
+
+def test_a_chat_that_outgrows_the_context_keeps_tools_and_its_latest_turns(chat, tmp_path):
+    questions = [f"Question number {number}?" for number in range(12)]
+    flags = ("--system", "Be brief.", "--transcript", "chat.jsonl", "--max-new", "20")
+    out, error, prompts = chat(questions, [f"Yes, {number}." for number in range(12)], *flags,
+                               context=400)
+    assert "outgrown the model's 400 tokens" in out and not error
+    assert all("Be brief." in prompt and '"name": "weather"' in prompt for prompt in prompts)
+    assert "Question number 0?" not in prompts[-1] and "Yes, 10." in prompts[-1]
+    assert prompts[-1].endswith("Question number 11?<end_of_turn>\n<start_of_turn>model\n")
+    assert len(read_conversations("chat.jsonl")[0].messages) == 1 + 2 * 12  # all of it
+
+
+def test_a_question_that_is_too_long_is_told_and_left_out(chat):
+    """It costs the chat nothing of its memory."""
+    out, error, prompts = chat(["One?", "x" * 3000, "Two?"], ["Yes.", "No."], context=900)
+    assert "error: too long (the question is left out)" in error
+    assert "One?" in prompts[-1] and "xxx" not in prompts[-1] and out.endswith("Yes.\nNo.\n")
+    with pytest.raises(UserError, match="too long"):
+        chat(["x" * 3000], [], "x" * 3000, context=900)
+
+
+def test_a_question_that_fails_on_its_way_costs_no_memory_either(chat):
+    """Though it had pushed all else out of the context."""
+    replies = ["Yes, 1.", CALL, "!", "Yes, 2."]
+    out, error, prompts = chat(["One?", "x" * 150, "Two?"], replies, context=530)
+    assert "outgrown" in out and "error: broken" in error
+    assert "One?" not in prompts[1] and "Yes, 1." in prompts[-1]
+
+
+def test_a_long_answer_to_one_question_leaves_its_earlier_rounds_out(chat):
+    replies = [CALL.replace("Ur", str(number) + "z" * 60) for number in range(6)] + ["Rain."]
+    out, _, prompts = chat(["Rain?"], replies, context=600)
+    assert out.endswith("Rain.\n") and "outgrown" in out
+    assert "Rain?" in prompts[-1] and "5zz" in prompts[-1] and "0zz" not in prompts[-1]
+
+
+def test_a_reply_that_may_have_been_cut_says_so(chat):
+    out, _, _ = chat(["One?"], ["word " * 40], "--max-new", "20")
+    assert "(the reply has reached 20 tokens and may be cut; --max-new allows more)\n" in out
+    assert "cut" not in chat(["One?"], ["word"], "--max-new", "20")[0]
