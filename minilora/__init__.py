@@ -10,17 +10,27 @@ Read it in this order; a file imports only from those above it.
     model.py        Gemma 1, 2 and 3, from RMSNorm to hidden states
     weights.py      safetensors to model, strict both ways; the hub
     tokenizer.py    SentencePiece and new tokens; text never turns into control tokens
+    dialects.py     how calls and results are written, and read again: a table for each dialect
     chat.py         conversations and tools to ids with a kind each; replies to tool calls
-    readers.py      four layouts of files to conversations
+    sources.py      what --data may name, and the rows in it
+    formats.py      how published sets write calls, tools and schemas
+    readers.py      many layouts of rows to conversations
     data.py         conversations to examples to packed batches
+    cache.py        examples on disk, found again by what they were made from
     loss.py         chunked cross-entropy over what the assistant must write
     trainer.py      new rows, schedule, optimizer step, held-out loss
+    estimate.py     what a run will need, told from the model's shape
+    check.py        bad rows, what the others hold, a mended copy
     checkpoint.py   adapters in peft's layout, merged export
     state.py        all that a run needs to go on
+    constrain.py    which ids may come next, so that no call is malformed
     generate.py     cached decoding
     tools.py        Python functions as tools; think, call, observe, answer
-    evaluate.py     tool-call accuracy by comparing calls
+    compare.py      are these calls right?
+    bfcl.py         questions with what is right: own conversations, the leaderboard's files
+    evaluate.py     tool-call accuracy: decoded for real, by category, before and after
     report.py       metrics, progress, curves
+    view.py         tokens by kind: in colours, as a list, as a page
     hub.py          the model card, and its way to the hub
     __main__.py     python -m minilora …
     nano/           the built-in base, its data, and the script that made both

@@ -56,8 +56,8 @@ BLOCK = 96  # queries at a time: their scores stay in a CPU's cache
 class _CappedAttention(torch.autograd.Function):
     """Attention with a soft-cap, a block of queries at a time, its scores made anew in backward.
 
-    The cap is c·tanh(q kᵀ / c) = 2c·σ - c with σ = sigmoid(2 q kᵀ / c), which a CPU makes in a third
-    of the time, and softmax does not see the - c. With p = softmax(2c σ) and o = p v:
+    The cap c·tanh(q kᵀ / c) is 2c·σ - c with σ = sigmoid(2 q kᵀ / c), which takes a CPU a third of
+    the time, and softmax does not see the - c. With p = softmax(2c σ) and o = p v:
 
         dv = pᵀ do        dp = do vᵀ        ds = 4 p (dp - Σ dp p) σ (1 - σ)
         dq = ds k         dk = dsᵀ q
@@ -91,7 +91,7 @@ class _CappedAttention(torch.autograd.Function):
             dv[row, :, keys] += p.to(v.dtype).flatten(1, 2).mT @ do.flatten(1, 2)
             ds = (do @ v[row, :, None, keys].mT).to(p.dtype)                        # [K, G, t, s]
             ds.sub_((ds * p).sum(-1, keepdim=True)).mul_(p.mul_(sigma))
-            ds = ds.addcmul_(ds, sigma, value=-1).to(q.dtype)                       # a quarter of it
+            ds = ds.addcmul_(ds, sigma, value=-1).to(q.dtype)                      # a quarter of it
             dq[row, :, :, queries] = ds @ (4 * k[row, :, None, keys])
             dk[row, :, keys] += ds.flatten(1, 2).mT @ (4 * q_block).flatten(1, 2)
         return dq, dk, dv, None, None

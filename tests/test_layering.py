@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = ("config", "files", "lora", "embedding", "attention", "model", "weights", "tokenizer",
-         "chat", "readers", "data", "loss", "trainer", "checkpoint", "state", "generate", "tools",
-         "evaluate", "report", "hub", "__main__")
+         "dialects", "chat", "sources", "formats", "readers", "data", "cache", "loss", "trainer",
+         "estimate", "check", "checkpoint", "state", "constrain", "generate", "tools", "compare",
+         "bfcl", "evaluate", "report", "view", "hub", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 
@@ -54,7 +55,7 @@ def test_reading_order_is_the_package_docstring():
 def test_only_declared_packages_are_imported():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = {line.split(">")[0].strip() for line in project["dependencies"]} | {"tqdm"}
-    optional = {"matplotlib"}  # asked for by name when it is missing
+    optional = {"matplotlib", "pyarrow"}  # asked for by name when it is missing
     for path in FILES:
         for module in imports(path):
             top = module.split(".")[0]
