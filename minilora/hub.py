@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from minilora.chat import get_dialect
 from minilora.checkpoint import ADAPTER_FILES, MODEL_FILES
 from minilora.config import NANO, LoraConfig, TrainConfig, UserError, builtin, read_settings
+from minilora.dialects import get_dialect
 from minilora.files import read_object
 
 # --- the card -------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora import checkpoint
-from minilora.chat import DIALECTS, Conversation, Message, ToolCall, chat_template, render
+from minilora.chat import Conversation, Message, ToolCall, chat_template, render
 from minilora.checkpoint import (
     adapter_base,
     compare_logits,
@@ -26,6 +26,7 @@ from minilora.checkpoint import (
 )
 from minilora.config import FAMILIES, LINEARS, LoraConfig, UserError
 from minilora.data import Example
+from minilora.dialects import DIALECTS
 from minilora.lora import adapted, attach, merge, trainable
 from minilora.state import latest_state, load_state, save_state
 from minilora.tokenizer import Tokenizer
