@@ -47,7 +47,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float,
     B, N, T, H = q.shape
     K = k.shape[1]
     q = (q * scale).view(B, K, N // K, T, H)  # queries beside those that share their key head
-    return _CappedAttention.apply(q, k, v, mask.expand(B, -1, -1, -1), softcap).view(B, N, T, H)
+    return _CappedAttention.apply(q, k, v, mask.expand(B, -1, -1, -1), softcap,
+                                  torch.is_grad_enabled()).view(B, N, T, H)
 
 
 BLOCK = 96  # queries at a time: their scores stay in a CPU's cache
@@ -56,8 +57,9 @@ BLOCK = 96  # queries at a time: their scores stay in a CPU's cache
 class _CappedAttention(torch.autograd.Function):
     """Attention with a soft-cap, a block of queries at a time, its scores made anew in backward.
 
-    The cap c·tanh(q kᵀ / c) is 2c·σ - c with σ = sigmoid(2 q kᵀ / c), which takes a CPU a third of
-    the time, and softmax does not see the - c. With p = softmax(2c σ) and o = p v:
+    The cap c·tanh(q kᵀ / c) is 2c·σ - c with σ = sigmoid(2 q kᵀ / c), and softmax does not see the
+    - c. σ takes a CPU a third of tanh's time but rounds small scores by up to 4e-6, so it serves in
+    training; where no gradient is wanted, tanh does. With p = softmax(2c σ) and o = p v:
 
         dv = pᵀ do        dp = do vᵀ        ds = 4 p (dp - Σ dp p) σ (1 - σ)
         dq = ds k         dk = dsᵀ q
@@ -67,12 +69,13 @@ class _CappedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float) -> Tensor:
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, softcap: float,
+                training: bool) -> Tensor:
         """q [B, K, G, T, H] scaled; k, v [B, K, S, H]; mask [B, 1, T, S] → [B, K, G, T, H]."""
         out = torch.empty_like(q)
         for row, queries, keys in _blocks(mask):
             _, p = _weights(q[row, :, :, queries], k[row, :, keys], mask[row, :, queries, keys],
-                            softcap)
+                            softcap, training)
             out[row, :, :, queries] = p.to(v.dtype) @ v[row, :, None, keys]
         ctx.save_for_backward(q, k, v, mask)
         ctx.softcap = softcap
@@ -86,7 +89,8 @@ class _CappedAttention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         for row, queries, keys in _blocks(mask):
             q_block, do = q[row, :, :, queries], grad[row, :, :, queries]           # [K, G, t, H]
-            sigma, p = _weights(q_block, k[row, :, keys], mask[row, :, queries, keys], ctx.softcap)
+            sigma, p = _weights(q_block, k[row, :, keys], mask[row, :, queries, keys], ctx.softcap,
+                                training=True)
             # Sums over a group's queries are one product: its G·t rows lie one under the other.
             dv[row, :, keys] += p.to(v.dtype).flatten(1, 2).mT @ do.flatten(1, 2)
             ds = (do @ v[row, :, None, keys].mT).to(p.dtype)                        # [K, G, t, s]
@@ -94,7 +98,7 @@ class _CappedAttention(torch.autograd.Function):
             ds = ds.addcmul_(ds, sigma, value=-1).to(q.dtype)                      # a quarter of it
             dq[row, :, :, queries] = ds @ (4 * k[row, :, None, keys])
             dk[row, :, keys] += ds.flatten(1, 2).mT @ (4 * q_block).flatten(1, 2)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _blocks(mask: Tensor) -> Iterator[tuple[int, slice, slice]]:
@@ -107,9 +111,18 @@ def _blocks(mask: Tensor) -> Iterator[tuple[int, slice, slice]]:
             yield row, queries, slice(int(seen[0]), int(seen[-1]) + 1)
 
 
-def _weights(q: Tensor, k: Tensor, mask: Tensor, softcap: float) -> tuple[Tensor, Tensor]:
-    """σ = sigmoid(2 q kᵀ / c) and softmax(2c σ) of a block, in float32 or wider; [K, G, t, s]."""
+def _weights(q: Tensor, k: Tensor, mask: Tensor, softcap: float, training: bool,
+             ) -> tuple[Tensor | None, Tensor]:
+    """σ = sigmoid(2 q kᵀ / c), in training, and the softmax of the capped scores of a block.
+
+    Both [K, G, t, s] in float32 or wider.
+    """
     K, G, t, H = q.shape
     scores = (q.reshape(K, G * t, H) @ k.mT).view(K, G, t, -1)
-    sigma = scores.to(torch.promote_types(q.dtype, torch.float32)).mul_(2 / softcap).sigmoid_()
-    return sigma, F.softmax((sigma * (2 * softcap)).masked_fill_(~mask, float("-inf")), -1)
+    scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+    if training:
+        sigma = scores.mul_(2 / softcap).sigmoid_()
+        capped = sigma * (2 * softcap)  # more than the cap by softcap everywhere
+    else:
+        sigma, capped = None, scores.div_(softcap).tanh_().mul_(softcap)
+    return sigma, F.softmax(capped.masked_fill_(~mask, float("-inf")), -1)

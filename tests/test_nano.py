@@ -9,11 +9,12 @@ import pytest
 import sentencepiece
 from conftest import NANO
 
-from minilora.chat import DIALECTS, Conversation, Message, render
-from minilora.config import GenerateConfig
+from minilora.chat import Conversation, Message, render
+from minilora.config import GenerateConfig, LoraConfig, TrainConfig
 from minilora.data import make_examples
+from minilora.dialects import DIALECTS
 from minilora.generate import generate
-from minilora.nano import make, world
+from minilora.nano import learning, make, world
 from minilora.readers import read_conversations
 from minilora.tokenizer import Tokenizer
 from minilora.weights import load_model
@@ -29,11 +30,11 @@ def calls(chat: dict) -> list[dict]:
 
 
 def test_the_lessons_hold_no_call_in_disguise():
-    """No JSON object, no tag of any dialect, no tool list in 20,000 pre-training chats."""
+    """No JSON object, no tag of any dialect, no tool list in 20,000 chats of the two rounds."""
     rng = random.Random(1)
     tags = [token for dialect in DIALECTS.values() for token in dialect.tokens]
     for text in itertools.chain.from_iterable(itertools.chain.from_iterable(
-            world.lesson(rng) for _ in range(20_000))):
+            world.lesson(rng, i % len(world.ROUNDS)) for i in range(20_000))):
         assert '{"' not in text and "tool_call" not in text
         assert not any(tag in text for tag in tags)
         assert not re.search(r'"(name|type|function|parameters|arguments)"\s*:', text)
@@ -62,9 +63,7 @@ def test_every_second_held_out_question_has_a_phrasing_of_its_own():
     for pair in (world.NO_SLOT, world.ONE_SLOT, world.MANY_SLOTS, world.FACT_ASKS,
                  world.OPPOSITE_ASKS, world.SUM_ASKS, world.ECHO_ASKS):
         assert not set(pair[0]) & set(pair[1])
-    rng = random.Random(make.SEED + 2)
-    for _ in range(len(chats("train.jsonl"))):
-        world.conversation(rng, False, False, rng.randrange(1, 4))
+    rng = random.Random(f"{make.SEED} held out")
     again = [world.conversation(rng, True, i % 2 == 1) for i in range(len(chats("held_out.jsonl")))]
     assert again == chats("held_out.jsonl")
 
@@ -119,9 +118,10 @@ def test_a_word_has_the_same_pieces_wherever_it_stands():
 
 def test_pretraining_rows_train_what_the_model_says():
     pieces = sentencepiece.SentencePieceProcessor(str(NANO / "tokenizer.model"))
-    row = make.rows(pieces, random.Random(5), 200)
-    for ids, targets in itertools.islice(row, 5):
-        assert ids.shape == targets.shape == (200,)
+    drawn = (make.rows(pieces, random.Random(5), number, 600)
+             for number in range(len(world.ROUNDS)))
+    for ids, targets in itertools.chain(*(itertools.islice(rows, 5) for rows in drawn)):
+        assert ids.shape == targets.shape == (600,)
         trained = targets != -100
         assert (targets[:-1][trained[:-1]] == ids[1:][trained[:-1]]).all()
         said = pieces.decode(targets[trained].tolist())
@@ -137,3 +137,29 @@ def test_the_base_chats():
                for ask in asks]
     replies = generate(model, prompts, GenerateConfig(max_new=12), tokenizer.stop_ids)
     assert [tokenizer.decode(reply) for reply in replies] == list(asks.values())
+
+
+# --- the benchmark of learning --------------------------------------------------------------------
+
+def test_learning_looks_on_its_way(tmp_path):
+    """The compared runs differ from the recipe in one thing each; a run answers as it learns."""
+    recipe = LoraConfig(rank=8, alpha=16.0), TrainConfig(data=str(tmp_path / "held_out.jsonl"),
+                                                         steps=learning.LOOKS, batch=1, length=800)
+    compared = learning.runs(*recipe)
+    assert next(iter(compared.values())) == recipe
+    for lora, config in [*compared.values()][1:]:
+        assert lora.alpha / lora.rank == 2 and (lora, config) != recipe
+    make.write_data(tmp_path, 5, 0, 4)
+    points = learning.learn(*recipe, str(tmp_path / "held_out.jsonl"))
+    assert [point["step"] for point in points] == list(range(1, learning.LOOKS + 1))
+    assert all(point["calls"][1] + point["no_tool"][1] == 4 for point in points)
+
+
+def test_learning_is_shown_as_a_table_and_a_picture(tmp_path):
+    points = [{"step": step, "calls": [step, 10], "no_tool": [3, 4]} for step in (4, 8)]
+    curves = {"this": points, "that": points[::-1]}
+    table = learning.markdown(curves).splitlines()
+    assert table[0] == "| the recipe with | step 4 | step 8 | no tool needed |"
+    assert table[2:] == ["| this | 0.40 | 0.80 | 0.75 |", "| that | 0.80 | 0.40 | 0.75 |"]
+    assert learning.draw(curves, tmp_path / "learning.png")
+    assert (tmp_path / "learning.png").read_bytes().startswith(b"\x89PNG")

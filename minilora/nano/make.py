@@ -30,6 +30,7 @@ from minilora.weights import load_model
 
 PAD, EOS, BOS, START, END = 0, 1, 2, 106, 107  # as in Gemma's own vocabulary
 SEED = 0
+OFFERED = (15, 60, 25)  # one, two, three tools, of a hundred chats to train on
 CONFIG = {
     "architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "vocab_size": 1280,
     "hidden_size": 192, "intermediate_size": 384, "num_hidden_layers": 4,
@@ -149,7 +150,8 @@ def pretrain(model: Gemma, vocabulary: bytes, number: int, steps: int, batch: in
         if step % 500 == 499 and rank == 0:
             write_base(model, vocabulary, out)
             print(json.dumps({"round": number + 1, "step": step + 1, "tokens": seen,
-                              "loss": round(loss.item(), 4), "seconds": round(time.perf_counter() - start)}), flush=True)
+                              "loss": round(loss.item(), 4),
+                              "seconds": round(time.perf_counter() - start)}), flush=True)
     return {"steps": steps, "tokens": seen, "final_loss": round(loss.item(), 4),
             "minutes": round((time.perf_counter() - start) / 60, 1), "processes": world,
             "threads": torch.get_num_threads(), "torch": torch.__version__}
@@ -173,33 +175,34 @@ def write_base(model: Gemma, vocabulary: bytes, out: Path) -> None:
 def write_data(out: Path, seed: int, train: int, held: int) -> None:
     """LoRA's conversations: `train.jsonl`, and `held_out.jsonl` on the other side of the hash.
 
-    A chat to train on asks one to three questions, a held-out one asks one. In the held-out file
-    every tool name, parameter name and argument value is on the side that training never draws
-    from, and every second question has a phrasing that it never saw.
+    A chat to train on asks one to three questions and mostly offers two tools or three; a held-out
+    one asks one and mostly offers one. In the held-out file every tool name, parameter name and
+    argument value is on the side that training never draws from, and every second question has a
+    phrasing that it never saw.
     """
     rng = random.Random(seed + 2)
-    for name, chats in (("train.jsonl", [conversation(rng, False, False, rng.randrange(1, 4))
-                                         for _ in range(train)]),
-                        ("held_out.jsonl", [conversation(rng, True, i % 2 == 1)
-                                            for i in range(held)])):
+    chats = [conversation(rng, False, False, rng.randrange(1, 4), OFFERED) for _ in range(train)]
+    rng = random.Random(f"{seed} held out")
+    asked = [conversation(rng, True, i % 2 == 1) for i in range(held)]
+    for name, some in (("train.jsonl", chats), ("held_out.jsonl", asked)):
         with open(out / name, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in chats)
+            file.writelines(json.dumps(chat, ensure_ascii=False) + "\n" for chat in some)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
-    parser.add_argument("--steps", type=int, nargs=2, default=(14000, 12000),
-                        help="pre-training steps of the two rounds; 0 for the first: goes on from "
-                             "the base that is in --out")
+    parser.add_argument("--steps", type=int, nargs=3, default=(14000, 12000, 3800),
+                        help="pre-training steps of the three rounds; 0: that round was made "
+                             "before, and its base is in --out")
     parser.add_argument("--batch", type=int, default=16, help="rows in a step")
     parser.add_argument("--length", type=int, default=256, help="tokens in a row")
-    parser.add_argument("--lr", type=float, nargs=2, default=(4e-3, 2.5e-3),
-                        help="peak learning rate of either round")
+    parser.add_argument("--lr", type=float, nargs=3, default=(4e-3, 2.5e-3, 2.5e-3),
+                        help="peak learning rate of each round")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--train", type=int, default=5000, help="conversations to train LoRA on")
-    parser.add_argument("--held", type=int, default=240, help="held-out conversations")
+    parser.add_argument("--held", type=int, default=600, help="held-out conversations")
     parser.add_argument("--data-only", action="store_true", help="write only the conversations")
     flags = parser.parse_args()
     if "RANK" in os.environ:  # set by torchrun
@@ -218,9 +221,9 @@ def main() -> None:
                     parameter.normal_(0.0, 0.02 if "embed" in name else parameter.shape[1] ** -0.5)
     else:
         vocabulary = (flags.out / "tokenizer.model").read_bytes()
-        rounds = json.loads((flags.out / "made.json").read_text())[:1]
+        rounds = json.loads((flags.out / "made.json").read_text())[:flags.steps.count(0)]
         model = load_model(flags.out)
-    for number in range(len(rounds), 2):
+    for number in range(len(rounds), len(flags.steps)):
         rounds.append(pretrain(model, vocabulary, number, flags.steps[number], flags.batch,
                                flags.length, flags.seed, flags.lr[number], flags.out))
         if not dist.is_initialized() or dist.get_rank() == 0:

@@ -3,7 +3,8 @@
 Two kinds of text come from here, both drawn from a seed:
 
     lesson(rng, number)  a plain chat: echoes, records, boxes, forms, sums, small talk. The base is
-                         pre-trained on these, in two rounds. No JSON object, no tag, no list of tools is in them.
+                         pre-trained on these, in three rounds. No JSON object, no tag, no list of
+                         tools is in them.
     conversation(rng, …) a chat with tools, calls and results in OpenAI's layout: LoRA's data.
 
 The world is made to force copying rather than remembering: half of all names are made up from
@@ -454,7 +455,13 @@ def _binders(rng: random.Random) -> Turns:
         + tail.format(note=_note(rng),
                       names=joined([name for name, _, _ in stated] or ["nothing"], ", "))
         for thing, (title, stated) in forms.items())
-    absent = topic_name(rng)
+    return _asked(rng, text, forms, pair, between)
+
+
+def _asked(rng: random.Random, text: str, forms: dict[str, tuple[str, list]], pair: str,
+           between: str) -> Turns:
+    """Questions on forms that stand in `text`: thing -> (title, fields)."""
+    things, absent = list(forms), topic_name(rng)
     turns: Turns = []
     for _ in range(rng.randrange(4, 10)):
         thing = rng.choice(things)
@@ -482,6 +489,32 @@ def _binders(rng: random.Random) -> Turns:
     return turns
 
 
+def _clutter(rng: random.Random, least: int, most: int) -> str:
+    """Words and signs without a meaning, a sign at either end."""
+    signs = '":,[]().;-=|<>/'
+    between = rng.choice(("", " "))
+    inside = [noun(rng) if rng.random() < 0.45 else rng.choice(signs)
+              for _ in range(rng.randrange(least, most + 1))]
+    return between.join([rng.choice(signs + " "), *inside, rng.choice(signs + " ")])
+
+
+def _drafts(rng: random.Random) -> Turns:
+    """One to three forms, a line each, in a layout that was made up for this chat: the same clutter
+    before, between and after title, thing and fields, so that only their order tells whose is what.
+    """
+    things = _things(rng, rng.choice((1, 2, 2, 2, 2, 3)))
+    forms = {thing: (label(rng, thing), _fields(rng)) for thing in things}
+    before, middle, inner = (_clutter(rng, 0, most) for most in (12, 5, 16))
+    kind_is, next_field, last, listed, end = (_clutter(rng, 0, most) for most in (5, 4, 6, 2, 3))
+    repeated = rng.random() < 0.6  # the fields stand in a list once more
+    lines = []
+    for thing, (title, stated) in forms.items():
+        fields = next_field.join(f"{name}{kind_is}{kind}" for name, kind, _ in stated)
+        again = last + listed.join(name for name, _, _ in stated) if repeated else ""
+        lines.append(f"{before}{title}{middle}The {thing}.{inner}{fields}{again}{end}")
+    return _asked(rng, "\n".join(lines), forms, ": ", ", ")
+
+
 def _chat(rng: random.Random) -> Turns:
     return [plain_question(rng, rng.random() < 0.5) for _ in range(rng.randrange(1, 5))]
 
@@ -498,12 +531,14 @@ def _retell(rng: random.Random) -> Turns:
     return turns
 
 
-# The base hears two rounds of lessons: how likely each lesson is in either.
+# The base hears three rounds of lessons: how likely each lesson is in either.
 ROUNDS = (
     ((_papers, 34), (_form, 24), (_boxes, 16), (_records, 12), (_echo, 6), (_chat, 4),
      (_retell, 4)),
     ((_binders, 46), (_papers, 12), (_form, 16), (_boxes, 10), (_records, 6), (_echo, 6),
-     (_chat, 2), (_retell, 2)))
+     (_chat, 2), (_retell, 2)),
+    ((_drafts, 60), (_binders, 10), (_papers, 8), (_form, 8), (_boxes, 6), (_records, 3),
+     (_echo, 3), (_chat, 1), (_retell, 1)))
 
 
 def lesson(rng: random.Random, number: int = 0) -> Turns:
@@ -541,8 +576,11 @@ def _tool(rng: random.Random, side: bool, topic: str, verb: str, stated: list[tu
         "parameters": {"type": "object", "properties": properties, "required": list(properties)}}}
 
 
-def conversation(rng: random.Random, side: bool, fresh: bool, questions: int = 1) -> dict:
+def conversation(rng: random.Random, side: bool, fresh: bool, questions: int = 1,
+                 offered: tuple[int, int, int] = (50, 40, 10)) -> dict:
     """A chat with tools offered. `side`: held-out names and values; `fresh`: held-out phrasings.
+
+    `offered`: how likely one, two and three tools are (before the longest chats are left out).
 
     Two questions in three ask for a tool and get it; the others need none, or one that is not
     offered. None is longer than `LONGEST` characters of JSON, and half as many for each further
@@ -550,7 +588,7 @@ def conversation(rng: random.Random, side: bool, fresh: bool, questions: int = 1
     """
     kinds = [rng.random() for _ in range(questions)]  # a chat too long is replaced by one like it
     while True:
-        chat = _conversation(rng, side, fresh, kinds)
+        chat = _conversation(rng, side, fresh, kinds, offered)
         if len(json.dumps(chat)) <= LONGEST * (1 + questions) // 2:
             return chat
 
@@ -558,8 +596,9 @@ def conversation(rng: random.Random, side: bool, fresh: bool, questions: int = 1
 LONGEST = 860
 
 
-def _conversation(rng: random.Random, side: bool, fresh: bool, kinds: list[float]) -> dict:
-    topics = _things(rng, rng.choices((2, 3, 4), (50, 40, 10))[0], side)
+def _conversation(rng: random.Random, side: bool, fresh: bool, kinds: list[float],
+                  offered: tuple[int, int, int]) -> dict:
+    topics = _things(rng, rng.choices((2, 3, 4), offered)[0], side)
     missing, *topics = topics
     wanted = [(topic, rng.choice(VERBS), slots(rng, side) if rng.random() < 0.9 else [])
               for topic in topics]
