@@ -209,12 +209,6 @@ def _parts(conversation: Conversation, tokenizer: Tokenizer, dialect: str, lengt
         first = after
 
 
-def make_example(conversation: Conversation, tokenizer: Tokenizer, dialect: str = "hermes",
-                 length: int | None = None, train_on: str = "assistant") -> Example:
-    """The first of `make_parts`: all of the conversation where it fits."""
-    return make_parts(conversation, tokenizer, dialect, length, train_on)[0]
-
-
 def make_examples(conversations: Iterable[Conversation], tokenizer: Tokenizer,
                   dialect: str = "hermes", length: int | None = None, train_on: str = "assistant",
                   on_problem: Callable[[str], None] = refuse) -> list[Example]:

@@ -14,6 +14,7 @@ from hypothesis import settings
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.config import NANO, GemmaConfig
+from minilora.data import make_parts
 from minilora.dialects import DIALECTS
 from minilora.model import Gemma
 from minilora.tokenizer import Tokenizer
@@ -174,3 +175,8 @@ def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
     installed = {dist.name for dist in importlib.metadata.distributions()}
     terminalreporter.write_line("\n" + ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in packages if name in installed))
+
+
+def make_example(*arguments, **settings):
+    """The first part of a conversation: all of it, where it fits."""
+    return make_parts(*arguments, **settings)[0]

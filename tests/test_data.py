@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LAW, TOOL, load_tokenizer, real_input
+from conftest import LAW, TOOL, load_tokenizer, make_example, real_input
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,7 +21,6 @@ from minilora.data import (
     collate,
     count_tokens,
     digest,
-    make_example,
     make_examples,
     make_parts,
     pack_rows,

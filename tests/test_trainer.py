@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import make_example, tiny_model
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.chat import Conversation, Message
 from minilora.config import LoraConfig, TrainConfig, UserError
-from minilora.data import IGNORED, Example, batches, make_example
+from minilora.data import IGNORED, Example, batches
 from minilora.dialects import DIALECTS
 from minilora.lora import adapted, attach, trainable
 from minilora.tokenizer import Tokenizer

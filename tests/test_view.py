@@ -5,14 +5,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from conftest import LAW, TOOL
+from conftest import LAW, TOOL, make_example
 from hypothesis import given
 from hypothesis import strategies as st
 
 from minilora import __main__ as program
 from minilora.chat import Conversation, Kind, Message, ToolCall
 from minilora.config import UserError
-from minilora.data import IGNORED, Example, make_example
+from minilora.data import IGNORED, Example
 from minilora.dialects import dump_json
 from minilora.report import visible
 from minilora.view import color_legend, color_tokens, html_page, list_tokens

@@ -383,6 +383,12 @@ def _form(rng: random.Random) -> Turns:
     return turns
 
 
+def _which(rng: random.Random, thing: str, stated: list[tuple]) -> str:
+    """Asks for the form that is for a thing, plainly or by a request that it would serve."""
+    ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
+    return rng.choice((f"Which form is for the {thing}?", f"Which form for: {ask}"))
+
+
 def _papers(rng: random.Random) -> Turns:
     """One to three titled forms on the table; then questions: which one, its fields, one field's
     kind, and the filling in of one that the question names.
@@ -419,9 +425,7 @@ def _papers(rng: random.Random) -> Turns:
         else:
             if rng.random() < 0.2 and not _shares_word(absent, things):
                 thing, title, stated = absent, "None.", slots(rng)
-            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
-            ask = rng.choice((f"Which form is for the {thing}?", f"Which form for: {ask}"))
-            answer = title
+            ask, answer = _which(rng, thing, stated), title
         turns.append((f"{text}\n{ask}" if not turns else ask, answer))
     return turns
 
@@ -482,9 +486,7 @@ def _asked(rng: random.Random, text: str, forms: dict[str, tuple[str, list]], pa
         else:
             if rng.random() < 0.2 and not _shares_word(absent, things):
                 thing, title, stated = absent, "None.", slots(rng)
-            ask = request(rng, thing, rng.choice(VERBS), stated, rng.random() < 0.5)
-            ask = rng.choice((f"Which form is for the {thing}?", f"Which form for: {ask}"))
-            answer = title
+            ask, answer = _which(rng, thing, stated), title
         turns.append((f"{text}\n{ask}" if not turns else ask, answer))
     return turns
 
