@@ -38,7 +38,7 @@ from minilora.config import UserError
 from minilora.data import IGNORED, Example, digest, make_parts, split, trained_kinds
 from minilora.dialects import get_dialect
 from minilora.readers import iterate_conversations, refuse, warn
-from minilora.sources import find_files
+from minilora.sources import DataFile, find_files
 from minilora.tokenizer import Tokenizer
 
 LIMIT = 20 * 2**30  # bytes of all entries together
@@ -149,7 +149,8 @@ def load_examples(data: str, tokenizer: Tokenizer, dialect: str = "hermes",
     """
     trained_kinds(train_on)  # a wrong setting is one error, not one for each conversation
     get_dialect(dialect)
-    entry = _root() / _key(data, tokenizer, dialect, length, train_on)
+    files = find_files(data)
+    entry = _root() / _key(files, tokenizer, dialect, length, train_on)
     ids = "<u2" if tokenizer.vocab_size <= 2**16 else "<i4"
     if _whole(entry):
         with contextlib.suppress(OSError):
@@ -161,7 +162,7 @@ def load_examples(data: str, tokenizer: Tokenizer, dialect: str = "hermes",
     make = partial(make_parts, tokenizer=tokenizer, dialect=dialect, length=length,
                    train_on=train_on)
     with _new_folder(entry.parent) as new:
-        _write(new / "entry", data, make, ids, on_problem, on_notice, on_row)
+        _write(new / "entry", files, make, ids, on_problem, on_notice, on_row)
         dataset = Dataset(new / "entry", ids)
         try:
             shutil.rmtree(entry, ignore_errors=True)  # damaged, or just made by another run
@@ -173,8 +174,8 @@ def load_examples(data: str, tokenizer: Tokenizer, dialect: str = "hermes",
     return dataset
 
 
-def _write(folder: Path, data: str, make: Callable[[Conversation], list[Example]], ids: str,
-           on_problem: Callable[[str], None], on_notice: Callable[[str], None],
+def _write(folder: Path, data: list[DataFile], make: Callable[[Conversation], list[Example]],
+           ids: str, on_problem: Callable[[str], None], on_notice: Callable[[str], None],
            on_row: Callable[[], object]) -> None:
     """Fills the folder of an entry, conversation by conversation; what is told, is also kept."""
     folder.mkdir()
@@ -188,7 +189,7 @@ def _write(folder: Path, data: str, make: Callable[[Conversation], list[Example]
 
         on_problem = partial(tell, "problem", on_problem)
         on_notice = partial(tell, "notice", on_notice)
-        first, rows, lost = "", 0, 0  # of those that are cut
+        first, rows, lost, total = "", 0, 0, 0  # of those that are cut: rows, trained tokens
         for conversation in iterate_conversations(data, on_problem, on_notice):
             try:
                 parts = make(conversation)
@@ -196,14 +197,16 @@ def _write(folder: Path, data: str, make: Callable[[Conversation], list[Example]
                 on_problem(str(error))
                 continue
             if cut := parts[0].cut:
-                first = first or (f"{conversation.source}: cut: {cut} trained tokens are in turns "
-                                  "that do not fit --length with the question before them")
-                rows, lost = rows + 1, lost + cut
+                trained = cut + sum(int((part.labels != IGNORED).sum()) for part in parts)
+                first = first or (f"{conversation.source}: cut: {cut} of its {trained} trained "
+                                  "tokens are in turns that do not fit --length with the question "
+                                  "before them")
+                rows, lost, total = rows + 1, lost + cut, total + trained
             _append(files, ids, conversation, parts)
             on_row()
         if rows:
-            on_notice(first + (f" (and {rows - 1} more rows; {lost} trained tokens in all)"
-                               if rows > 1 else ""))
+            on_notice(first + (f" (and {rows - 1} more rows; {lost} of {total} trained tokens in "
+                               "all)" if rows > 1 else ""))
     (folder / "checksum").write_bytes(_hash(folder / name for name in files))
 
 
@@ -238,10 +241,9 @@ def _hash(paths: Iterable[Path]) -> bytes:
     return total.hexdigest().encode()
 
 
-def _key(data: str, tokenizer: Tokenizer, dialect: str, length: int | None,
+def _key(files: list[DataFile], tokenizer: Tokenizer, dialect: str, length: int | None,
          train_on: str) -> str:
     """A name for what examples are made from: the same name, the same examples and sources."""
-    files = find_files(data)
     try:
         contents = _hash(file.path for file in files)
     except OSError as error:

@@ -58,16 +58,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from minilora.config import UserError
-from minilora.dialects import (
-    Dialect,
-    Kind,
-    MalformedCall,
-    Part,
-    Result,
-    ToolCall,
-    Written,
-    get_dialect,
-)
+from minilora.dialects import get_dialect
+from minilora.notation import Dialect, Kind, MalformedCall, Part, Result, ToolCall, Written
 from minilora.tokenizer import Tokenizer
 
 

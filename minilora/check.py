@@ -14,10 +14,10 @@ import numpy as np
 from minilora.chat import Conversation
 from minilora.config import TrainConfig, UserError
 from minilora.data import Example, count_tokens, digest, make_parts, split
-from minilora.dialects import dump_json
 from minilora.files import replacing
+from minilora.jsontext import dump_json
 from minilora.readers import iterate_rows, openai_row, read_row
-from minilora.sources import find_files
+from minilora.sources import DataFile, find_files
 from minilora.tokenizer import Tokenizer
 
 
@@ -44,7 +44,8 @@ def check_data(data: str, tokenizer: Tokenizer, config: TrainConfig, fix: str | 
 
     `tell` hears at once of each bad row, "FILE:LINE (row N): what is wrong at which field; expected
     …", and of each that was mended; the facts have them as lists. The copy is JSON Lines in
-    OpenAI's layout and reads as the same conversations. Its rows all can be trained on.
+    OpenAI's layout and reads as the same conversations. Its rows all can be trained on. It has no
+    weights (`@0.5`): those of its sources are among the facts.
 
     Raises UserError where a file cannot be read or the copy not be written.
     """
@@ -54,6 +55,7 @@ def check_data(data: str, tokenizer: Tokenizer, config: TrainConfig, fix: str | 
     roles: Counter = Counter()
     offered: set[str] = set()
     called: set[str] = set()
+    files = find_files(data)
     counts = Counter(conversations=0, calls=0, with_calls=0, untrained=0)
     lengths: list[int] = []       # of whole conversations
     digests: list[int] = []       # of those that training can use
@@ -64,8 +66,8 @@ def check_data(data: str, tokenizer: Tokenizer, config: TrainConfig, fix: str | 
         lines.append(line)
         tell(line)
 
-    with _copy(fix, data) as out:
-        for row in iterate_rows(data, mend=out is not None):
+    with _copy(fix, files) as out:
+        for row in iterate_rows(files, mend=out is not None):
             said = row.conversation
             if said is None:
                 hear(f"{row.where}: {row.problem}", problems)
@@ -101,7 +103,9 @@ def check_data(data: str, tokenizer: Tokenizer, config: TrainConfig, fix: str | 
         "tools_called": len(called), **count_tokens(examples), "refused": counts["untrained"],
         "length": _spread(lengths), "histogram": histogram(lengths),
         "notes": {file: dict(found) for file, found in notes.items() if found},
-        "problems": problems, **({"fixed": fix, "mended": mended} if fix else {})}
+        "problems": problems}
+    if fix:
+        facts |= {"fixed": fix, "mended": mended, "weights": sorted({f.weight for f in files})}
     return Checked(facts, [example for example, owner in zip(examples, owners, strict=True)
                            if not held[owner]])
 
@@ -111,7 +115,7 @@ def _counted(example: Example) -> Counted:
 
 
 @contextlib.contextmanager
-def _copy(fix: str | None, data: str) -> Iterator[TextIO | None]:
+def _copy(fix: str | None, files: list[DataFile]) -> Iterator[TextIO | None]:
     """The file of the mended copy, to write to; it is there when all of it is."""
     if not fix:
         yield None
@@ -119,7 +123,7 @@ def _copy(fix: str | None, data: str) -> Iterator[TextIO | None]:
     path = Path(fix)
     if path.suffix != ".jsonl":
         raise UserError(f"--fix {fix}: the copy is JSON Lines; give it a name that ends in .jsonl")
-    if any(file.path.resolve() == path.resolve() for file in find_files(data)):
+    if any(file.path.resolve() == path.resolve() for file in files):
         raise UserError(f"--fix {fix}: is what is read; give the copy another name")
     with replacing(path) as aside, open(aside, "w", encoding="utf-8", newline="\n") as out:
         yield out

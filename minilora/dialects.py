@@ -1,337 +1,44 @@
-"""How tools, thinking, calls and results are written, and how written calls are read again.
+"""The dialects: how tools, thinking, calls and results are written, and read again.
 
-A dialect is one small table: its control tokens, and for each block what stands before, between and
-after the items in it. A dialect whose items are JSON needs no more than that, as "hermes" shows:
+A new one is one small table in `DIALECTS` (`Dialect` says what stands in it). One whose items are
+JSON needs no more, as "hermes" shows:
 
     <tool_call>⏎{"name": …, "arguments": {…}}⏎</tool_call>
 
-and its renderer, its chat template and its strict reader all come from the same strings. A dialect
-with a notation of its own gives one `Notation` besides. Sources of the three in `DIALECTS`:
+One with a notation of its own gives one `Notation` besides. Sources of the three:
 
     hermes          the format of NousResearch/Hermes-Function-Calling
     mistral         mistral-common, `tokens/tokenizers/instruct.py`, InstructTokenizerV3
     functiongemma   ai.google.dev/gemma/docs/functiongemma, "formatting and best practices" and
                     "full function calling sequence", and the chat template of
                     google/functiongemma-270m-it
-
-JSON is `json.dumps(value, ensure_ascii=False)`, which is what the `tojson` filter of chat templates
-prints, so that a template can render the very same text.
 """
 
-import functools
-import itertools
-import json
-import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import IntEnum
-from typing import NamedTuple
+from dataclasses import replace
 
 from minilora.config import UserError
-
-MAX_DEPTH = 64  # levels of objects and lists in one JSON value
-
-
-class Kind(IntEnum):
-    """What a token is, and so whether it may carry loss."""
-
-    PROMPT = 0         # all that the model does not write: turn headers, system, tools, user
-    THINK = 1          # reasoning, tags included
-    TOOL_CALL = 2      # tags and arguments of a call
-    TOOL_RESPONSE = 3  # tags and text of a result
-    ANSWER = 4         # text for the user
-    END = 5            # what ends the model's turn: <end_of_turn> (its newline is PROMPT)
-
-
-class Part(NamedTuple):
-    """A stretch of a rendered conversation: plain text, or one control token by its string."""
-
-    text: str
-    kind: Kind
-    control: bool = False
-
-
-@dataclass(frozen=True)
-class ToolCall:
-    """One call. `arguments` is a JSON object."""
-
-    name: str
-    arguments: dict
-    id: str | None = None
-
-
-class MalformedCall(ValueError):
-    """Text that starts a tool call and is not one; the message says what is wrong with it."""
-
-
-# --- strict JSON ----------------------------------------------------------------------------------
-
-def _unique(pairs: list[tuple[str, object]]) -> dict:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(_twice(next(key for key in keys if keys.count(key) > 1)))
-    return value
-
-
-def _twice(key: str) -> str:
-    return f"key {key[:40]!r} occurs twice in one object"
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text} is not a JSON number that can be held")
-    return number
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
-_SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def skip_space(text: str, at: int) -> int:
-    """Where the white space at `at` ends."""
-    return _SPACE.match(text, at).end()
-
-
-def _check_value(value: object) -> None:
-    """Refuses what decodes but cannot be written again: bottomless nesting, lone surrogates."""
-    level, depth = [value], 0
-    while level:
-        for text in level:
-            if isinstance(text, str) and not text.isascii():
-                try:
-                    text.encode()
-                except UnicodeEncodeError:
-                    raise ValueError("half a surrogate pair (\\ud800 …) in a string") from None
-        inner = [[*item.keys(), *item.values()] if isinstance(item, dict) else item
-                 for item in level if isinstance(item, dict | list)]
-        if inner and depth == MAX_DEPTH:
-            raise ValueError(_TOO_DEEP)
-        level, depth = list(itertools.chain.from_iterable(inner)), depth + 1
-
-
-_TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels"
-
-
-def decode_json(text: str, start: int = 0) -> tuple[object, int]:
-    """The JSON value that begins at `start` (white space skipped) and where it ends.
-
-    Stricter than `json`: duplicate keys, NaN and Infinity, numbers that overflow, half surrogate
-    pairs and nesting past `MAX_DEPTH` raise ValueError, whose message says what is wrong.
-    """
-    try:
-        value, end = _DECODER.raw_decode(text, skip_space(text, start))
-    except json.JSONDecodeError as error:
-        near = text[error.pos:error.pos + 20]
-        raise ValueError(f"not JSON: {error.msg} at {near!r}" if near else
-                         f"not JSON: {error.msg} at the end of the text") from None
-    except RecursionError:
-        raise ValueError(_TOO_DEEP) from None
-    _check_value(value)
-    return value, end
-
-
-def load_json(text: str) -> object:
-    """The one JSON value that `text` is; ValueError as `decode_json`, or for text that follows."""
-    value, end = decode_json(text)
-    if text[end:].strip():
-        raise ValueError(f"text after the JSON value: {text[end:].strip()[:20]!r}")
-    return value
-
-
-def dump_json(value: object) -> str:
-    """JSON as every dialect and every chat template here writes it."""
-    return json.dumps(value, ensure_ascii=False)
-
-
-def call_from(value: object) -> ToolCall:
-    """The call that a decoded {"name": …, "arguments": {…}} is ("id" may be there).
-
-    Raises MalformedCall that names the key.
-    """
-    if not isinstance(value, dict):
-        raise MalformedCall(f"a call is a JSON object, not {type(value).__name__}")
-    unknown = [key for key in value if key not in ("name", "arguments", "id")]
-    if unknown:
-        raise MalformedCall(f"a call has name and arguments, not {unknown[0]!r}")
-    name, arguments, id = value.get("name"), value.get("arguments"), value.get("id")
-    if not isinstance(name, str) or not name:
-        raise MalformedCall('"name" of a call is missing or not text')
-    if not isinstance(arguments, dict):
-        raise MalformedCall(f'"arguments" of {name!r} is missing or not a JSON object')
-    if id is not None and not isinstance(id, str):
-        raise MalformedCall(f'"id" of the call of {name!r} is not text')
-    return ToolCall(name, arguments, id)
-
-
-# --- a dialect ------------------------------------------------------------------------------------
-
-class Written(str):
-    """What a model wrote, as text that knows which of its tags are control tokens.
-
-    Made by `chat.decode_reply`. `controls` are the positions where a control token of the dialect
-    begins; a tag anywhere else was spelled in plain pieces and means nothing. None: nobody knows,
-    and every tag counts. What is cut out of it is a plain str.
-    """
-
-    controls: frozenset[int] | None = None
-
-    def has(self, token: str, at: int) -> bool:
-        """Whether this control token stands at `at`."""
-        return self.startswith(token, at) and (self.controls is None or at in self.controls)
-
-    def seek(self, token: str, at: int = 0) -> int:
-        """Where this control token next stands; -1 where it does not."""
-        at = self.find(token, at)
-        while at >= 0 and not self.has(token, at):
-            at = self.find(token, at + 1)
-        return at
-
-    def until_control(self, at: int) -> str:
-        """The text up to the next control token after `at`; all of it where nobody knows."""
-        if self.controls is None:
-            return self
-        return self[:min((i for i in self.controls if i >= at), default=len(self))]
-
-
-Piece = tuple[str, bool]  # text, and whether it is a control token
-
-
-class Block(NamedTuple):
-    """What stands before, between and after the items of a block, control tokens included."""
-
-    opening: str
-    between: str = ""
-    closing: str = ""
-
-
-class Result(NamedTuple):
-    """What a tool returned: its text, the name of the tool and the id of the call it answers."""
-
-    text: str
-    name: str = ""
-    call_id: str | None = None
-
-
-@dataclass(frozen=True)
-class Notation:
-    """How one tool, one call and one result are written, and how a call is read.
-
-    `read` is given where an item begins and returns the call and where it ends; it raises
-    MalformedCall. The last three are the same writers as Jinja expressions for the names tool, call
-    and tool_call (where `id` is), message, content and turns; they may use `macros`.
-    """
-
-    tool: Callable[[dict], list[Piece]]
-    call: Callable[[ToolCall], list[Piece]]
-    result: Callable[[Result], list[Piece]]
-    read: Callable[[Written, int], tuple[ToolCall, int]]
-    jinja_tool: str
-    jinja_call: str
-    jinja_result: str
-    macros: str = ""
-
-
-def _read_json_call(reply: Written, at: int) -> tuple[ToolCall, int]:
-    # The JSON says where the call ends: a string in it may well spell a closing tag.
-    try:
-        value, end = decode_json(reply.until_control(at), at)
-    except ValueError as error:
-        raise MalformedCall(str(error)) from None
-    return call_from(value), end
-
-
-# Jinja for one call; arguments may come as an object or, as on OpenAI's wire, as JSON text.
-_CALL = ("'{\"name\": ' ~ call.name | tojson ~ ', \"arguments\": ' ~ (call.arguments if "
-         "call.arguments is string else call.arguments | tojson)")
-
-JSON = Notation(
-    tool=lambda tool: [(dump_json(tool), False)],
-    call=lambda call: [(dump_json({"name": call.name, "arguments": call.arguments}), False)],
-    result=lambda result: [(result.text, False)],
-    read=_read_json_call,
-    jinja_tool="tool | tojson", jinja_call=f"{_CALL} ~ '}}'", jinja_result="content")
-
-
-@dataclass(frozen=True)
-class Dialect:
-    """How tools, thinking, calls and results are written, and where they stand.
-
-    tokens:    each control token and what it means; its new row starts from the mean of that text
-    think:     has one item, the thinking; in a dialect without tokens for it, it is text
-    gap:       what stands between two blocks of a model turn
-    developer: system and tools have a turn of that name, without blank lines between them; else
-               they open the first user turn
-    inline:    results stand in the model's own turn: it stops at the token that opens them, and
-               goes on after them; else they stand in a user turn
-    """
-
-    tokens: dict[str, str]
-    tools: Block
-    calls: Block
-    results: Block
-    think: Block = Block("")
-    notation: Notation = JSON
-    gap: str = "\n"
-    developer: bool = False
-    inline: bool = False
-
-    @property
-    def stop(self) -> str:
-        """The token, besides <end_of_turn>, at which the model stops; "" where there is none."""
-        return self.cut(self.results.opening)[0][0] if self.inline else ""
-
-    def cut(self, text: str) -> list[Piece]:
-        """One of the table's strings, cut into text and control tokens."""
-        return _cut(text, tuple(self.tokens))
-
-    def block(self, block: Block, items: list[list[Piece]], kind: Kind) -> list[Part]:
-        """A block with its items, nothing where there are none."""
-        if not items:
-            return []
-        pieces = self.cut(block.opening) + items[0]
-        for item in items[1:]:
-            pieces = pieces + self.cut(block.between) + item
-        return [Part(text, kind, control) for text, control in pieces + self.cut(block.closing)
-                if text]
-
-    def match(self, reply: Written, text: str, at: int) -> int | None:
-        """Where one of the table's strings ends that stands at `at`; white space may differ."""
-        for piece, control in self.cut(text):
-            for word in piece.split():
-                at = skip_space(reply, at)
-                if not (reply.has(word, at) if control else reply.startswith(word, at)):
-                    return None
-                at += len(word)
-        return at
-
-    def read(self, reply: Written, at: int) -> list[ToolCall]:
-        """The calls of a reply, of which the first begins at `at`. Raises MalformedCall."""
-        calls, end = [], self.match(reply, self.calls.opening, at)
-        if end is None:
-            raise MalformedCall(f"calls begin with {self.calls.opening.strip()!r}, not with "
-                                f"{reply[at:at + 40]!r}")
-        while end is not None:
-            call, after = self.notation.read(reply, end)
-            calls.append(call)
-            end = self.match(reply, self.calls.between, after)
-        end = self.match(reply, self.calls.closing, after)
-        if end is None:
-            raise MalformedCall(f"{self.calls.closing.strip()} is missing after the call of "
-                                f"{calls[-1].name[:40]!r}")
-        end = skip_space(reply, end)
-        if end < len(reply) and not (self.stop and reply.has(self.stop, end)):
-            raise MalformedCall(f"text after a call: {reply[end:end + 20]!r}")
-        return calls
-
-
-@functools.cache
-def _cut(text: str, tokens: tuple[str, ...]) -> list[Piece]:
-    cut = re.split(f"({'|'.join(map(re.escape, tokens))})", text) if tokens else [text]
-    return [(piece, n % 2 == 1) for n, piece in enumerate(cut) if piece]
-
+from minilora.jsontext import (
+    MAX_DEPTH,
+    TOO_DEEP,
+    check_value,
+    dump_json,
+    load_json,
+    skip_space,
+    twice,
+)
+from minilora.notation import (
+    JSON,
+    JSON_CALL,
+    Block,
+    Dialect,
+    MalformedCall,
+    Notation,
+    Piece,
+    Result,
+    ToolCall,
+    Written,
+)
 
 # --- Mistral's notation ---------------------------------------------------------------------------
 
@@ -374,7 +81,8 @@ MISTRAL = replace(
 {%- endmacro %}
 """,
     jinja_tool="declared(tool.function)",
-    jinja_call=f"{_CALL} ~ (', \"id\": ' ~ tool_call.id | tojson if tool_call.id else '') ~ '}}'",
+    jinja_call=f"{JSON_CALL} ~ (', \"id\": ' ~ tool_call.id | tojson if tool_call.id else '') "
+               "~ '}'",
     jinja_result="'{\"content\": ' ~ parsed(content) ~ (', \"call_id\": ' ~ message.tool_call_id "
                  "| tojson if message.tool_call_id else '') ~ '}'")
 
@@ -486,7 +194,7 @@ def _read_gemma_value(reply: Written, at: int, depth: int = 0) -> tuple[object, 
         raise MalformedCall(f"no value at {_near(reply, at)}: expected text between {ESCAPE} "
                             "tokens, a number, true, false, null, [ or {")
     if depth == MAX_DEPTH:
-        raise MalformedCall(_TOO_DEEP)
+        raise MalformedCall(TOO_DEEP)
     keyed = reply[at] == "{"
     closing, value, items = "}" if keyed else "]", {}, []
     at = skip_space(reply, at + 1)
@@ -494,7 +202,7 @@ def _read_gemma_value(reply: Written, at: int, depth: int = 0) -> tuple[object, 
         if keyed:
             key, at = _read_gemma_name(reply, at, ":")
             if key in value:
-                raise MalformedCall(_twice(key))
+                raise MalformedCall(twice(key))
             value[key], at = _read_gemma_value(reply, at, depth + 1)
         else:
             item, at = _read_gemma_value(reply, at, depth + 1)
@@ -517,8 +225,8 @@ def _read_gemma_call(reply: Written, at: int) -> tuple[ToolCall, int]:
         raise MalformedCall("the name of a call is empty")
     try:
         arguments, end = _read_gemma_value(reply, at)
-        _check_value(name)
-        _check_value(arguments)
+        check_value(name)
+        check_value(arguments)
     except MalformedCall:
         raise
     except ValueError as error:  # a number that overflows, half a surrogate pair

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 
 from minilora.chat import MalformedCall, Message, split_reply
-from minilora.dialects import decode_json, dump_json, load_json
+from minilora.jsontext import decode_json, dump_json, load_json
 
 
 def at_field(field: str, read: Callable, *arguments):
@@ -144,6 +144,12 @@ def split_text(text: str, notice: Callable[[str], None]) -> Message:
         return f"<tool_call>\n{dump_json(value)}\n</tool_call>"
 
     return split_reply(_CALL_BLOCK.sub(as_json, text), "hermes")
+
+
+def split_thinking(text: str) -> Message:
+    """An assistant's text that begins with `<think>`, split; tags after that are text."""
+    thinking, _, content = text.lstrip().removeprefix("<think>").partition("</think>")
+    return Message("assistant", content.strip(), thinking.strip())
 
 
 def results_in(text: str) -> list[str]:

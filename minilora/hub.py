@@ -19,6 +19,7 @@ from minilora.checkpoint import ADAPTER_FILES, MODEL_FILES
 from minilora.config import NANO, LoraConfig, TrainConfig, UserError, builtin, read_settings
 from minilora.dialects import get_dialect
 from minilora.files import read_object
+from minilora.sources import split_data
 
 # --- the card -------------------------------------------------------------------------------------
 
@@ -26,8 +27,8 @@ _DEFAULTS = {item.name: item.default for cls in (LoraConfig, TrainConfig)
              for item in dataclasses.fields(cls)}
 # Settings that a recipe always names, and those that say where and how to run, not what to learn.
 _MAIN = {"rank", "alpha", "targets", "lr", "schedule", "batch", "accumulate", "length", "train_on"}
-_NO_RECIPE = {"model", "data", "eval_data", "out", "skip", "device", "recompute", "eval_every",
-              "eval_share", "eval_calls", "save_every", "merge"}
+_NO_RECIPE = {"model", "data", "eval_data", "out", "skip", "device", "compile", "recompute",
+              "eval_every", "eval_share", "eval_calls", "save_every", "merge"}
 
 _USE_ADAPTER = """With minilora, `ADAPTER` being this folder:
 
@@ -173,8 +174,9 @@ def _shown(value: object) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _file_names(paths: str) -> str:
-    return ", ".join(Path(path).name for path in paths.split(",") if path)
+def _file_names(data: str) -> str:
+    return ", ".join(Path(name).name + (f" (weight {weight:g})" if weight != 1 else "")
+                     for name, weight in split_data(data))
 
 
 def _on_hub(base: str) -> bool:

@@ -10,23 +10,28 @@
 
 Arguments may be objects or JSON text, tools a list or JSON text, each tool with or without its
 {"type": "function", "function": …}, schemas in JSON Schema's words or in others (`standard_tool`),
-a content text or a list of typed parts. Hermes tags (`<tools>`, `<think>`, `<tool_call>`,
-`<tool_response>`) in a text are read into structure whatever the layout. An assistant message with
-`"weight": 0` (mistral-finetune, OpenAI), `"train": false` (axolotl) or `"loss": false` (ms-swift)
-carries no loss. Nothing is guessed and nothing is dropped in silence: a row that cannot be read is
-a problem with file, line and field. Whether a problem ends the run (`refuse`) or is told and passed
-over (`warn`) is up to the caller.
+a content text or a list of typed parts. An assistant message with `"weight": 0` (mistral-finetune,
+OpenAI), `"train": false` (axolotl) or `"loss": false` (ms-swift) carries no loss.
+
+Hermes tags in a text are structure in any layout: `<tools>` in a system text, `<think>` where an
+assistant's begins, `<tool_call>` and `<tool_response>`; but the latter two are text in a row that
+has calls in fields or roles of their own, for calls stand in one place. `"hermes_tags": false` in a
+row says that whatever its texts spell is text, `true` that all tags are structure. The rows that
+minilora writes (`openai_row`: transcripts, mended copies) say the former where a text spells a tag,
+and so read as what was said, whatever it was.
+
+Nothing is guessed and nothing is dropped in silence: a row that cannot be read is a problem with
+file, line and field. Whether a problem ends the run (`refuse`) or is told and passed over (`warn`)
+is up to the caller.
 """
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from minilora.chat import Conversation, Message, ToolCall
 from minilora.config import UserError
-from minilora.dialects import call_from, dump_json, load_json
 from minilora.formats import (
     at_field,
     glaive_row,
@@ -34,11 +39,15 @@ from minilora.formats import (
     loose_json,
     results_in,
     split_text,
+    split_thinking,
     standard_tool,
     take_tools,
     xlam_row,
 )
-from minilora.sources import find_files, read_rows
+from minilora.jsontext import dump_json, load_json
+from minilora.notation import call_from
+from minilora.report import visible
+from minilora.sources import Data, find_files, read_rows
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
           "assistant": "assistant", "gpt": "assistant", "model": "assistant",
@@ -46,7 +55,9 @@ _ROLES = {"system": "system", "developer": "system", "user": "user", "human": "u
           "tool": "tool", "function": "tool", "observation": "tool", "function-response": "tool",
           "tool_response": "tool"}
 _CALL_ROLES = ("function_call", "function-call", "tool_call")  # whose text is a call
-_DATA = str | Path | Sequence[str | Path]  # what minilora.sources finds files by
+_CALL_TAGS = {"<tool_call>", "<tool_response>"}
+_TAGS = {"<tools>", "<think>", *_CALL_TAGS}  # of Hermes, which mean something in a text
+_ARE_TEXT = ' (if the tags are text: "hermes_tags": false in the row)'
 
 
 def refuse(problem: str) -> None:
@@ -56,7 +67,7 @@ def refuse(problem: str) -> None:
 
 def warn(notice: str) -> None:
     """Prints what the user should know of and what stops nothing."""
-    print(f"note: {notice}", file=sys.stderr)
+    print(f"note: {visible(notice)}", file=sys.stderr)
 
 
 # --- files -> conversations -----------------------------------------------------------------------
@@ -72,7 +83,7 @@ class Row:
     notes: tuple[str, ...] = ()        # what is unusual but usable: "has …"
 
 
-def iterate_rows(data: _DATA, mend: bool = False) -> Iterator[Row]:
+def iterate_rows(data: Data, mend: bool = False) -> Iterator[Row]:
     """Every row of DATA, good and bad, in order.
 
     With `mend` some of what is wrong is put right, where that changes no meaning, and noted: user
@@ -92,7 +103,7 @@ def iterate_rows(data: _DATA, mend: bool = False) -> Iterator[Row]:
             yield Row(file.name, where, conversation, problem, tuple(sorted(notes)))
 
 
-def iterate_conversations(data: _DATA, on_problem: Callable[[str], None] = refuse,
+def iterate_conversations(data: Data, on_problem: Callable[[str], None] = refuse,
                           on_notice: Callable[[str], None] = warn) -> Iterator[Conversation]:
     """The conversations of DATA (see minilora.sources), in order; each knows its source.
 
@@ -116,7 +127,7 @@ def iterate_conversations(data: _DATA, on_problem: Callable[[str], None] = refus
                                            if number > 1 else ""))
 
 
-def read_conversations(data: _DATA, on_problem: Callable[[str], None] = refuse,
+def read_conversations(data: Data, on_problem: Callable[[str], None] = refuse,
                        on_notice: Callable[[str], None] = warn) -> list[Conversation]:
     """`iterate_conversations` as a list."""
     return list(iterate_conversations(data, on_problem, on_notice))
@@ -140,8 +151,11 @@ def openai_row(conversation: Conversation) -> dict:
         if not message.trained:
             fields["weight"] = 0
         messages.append(fields)
-    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
-    return {"messages": messages, **tools}
+    row = {"messages": messages}
+    if conversation.tools:
+        row["tools"] = list(conversation.tools)
+    spelled = dump_json(row)
+    return row | ({"hermes_tags": False} if any(tag in spelled for tag in _TAGS) else {})
 
 
 def _expect(good: bool, problem: str) -> None:
@@ -159,6 +173,7 @@ def read_row(row: object, notice: Callable[[str], None], mend: bool = False) -> 
     _expect(isinstance(row, dict), "the row is not an object; expected an object with messages")
     fields, raw_tools = _layout(row, notice)
     tools = _tools(raw_tools, "tools", notice, mend)
+    tags = _tags_in(row, [turn for _, turn in fields])
     if row.get("system") and "chat" not in row:  # LLaMA-Factory: a column of its own
         fields.insert(0, ("system", {"role": "system", "content": row["system"]}))
     if mend and len(fields) > 1 and _is_empty(fields[-1][1]):
@@ -167,7 +182,7 @@ def read_row(row: object, notice: Callable[[str], None], mend: bool = False) -> 
     read: list[tuple[str, Message]] = []  # field of the row, message
     for field, turn in fields:
         _expect(isinstance(turn, dict), f"{field} is not an object; expected role and content")
-        for message in _messages(turn, field, tools, notice):
+        for message in _messages(turn, field, tools, tags, notice):
             if message.role == "assistant" and read and read[-1][1].role == "assistant":
                 message = _joined(read.pop()[1], message, field)
             elif mend and message.role == "user" and read and read[-1][1].role == "user":
@@ -197,6 +212,27 @@ def _layout(row: dict, notice: Callable[[str], None]) -> tuple[list[tuple[str, o
             row.get("tools") or row.get("functions") or [])
 
 
+def _tags_in(row: dict, turns: list) -> set[str]:
+    """The tags that are structure in the texts of a row, by the rule at the top of this file."""
+    said = row.get("hermes_tags")
+    _expect(said is None or isinstance(said, bool),
+            f"hermes_tags is {repr(said)[:40]}; expected false (tags are text) or true")
+    if said is not None:
+        return _TAGS if said else set()
+    in_fields = any(turn.get("tool_calls") or turn.get("function_call")
+                    or turn.get("role", turn.get("from")) in _CALL_ROLES
+                    for turn in turns if isinstance(turn, dict))
+    return _TAGS - _CALL_TAGS if in_fields else _TAGS
+
+
+def _at_tags(field: str, read: Callable, *arguments):
+    """What a reader of tags gives; its error says where, and what helps if they are text."""
+    try:
+        return at_field(field, read, *arguments)
+    except ValueError as error:
+        raise ValueError(f"{error}{_ARE_TEXT}") from None
+
+
 def _is_empty(turn: object) -> bool:
     if not isinstance(turn, dict) or turn.get("tool_calls") or turn.get("function_call"):
         return False
@@ -205,11 +241,11 @@ def _is_empty(turn: object) -> bool:
             and (text is None or isinstance(text, str) and not text.strip()))
 
 
-def _messages(turn: dict, field: str, tools: list[dict], notice: Callable[[str], None],
-              ) -> list[Message]:
+def _messages(turn: dict, field: str, tools: list[dict], tags: set[str],
+              notice: Callable[[str], None]) -> list[Message]:
     """The messages of one turn: several where it holds several results, none where it is empty.
 
-    Tools found in a system text are added to `tools`.
+    `tags` are structure in its text. Tools found in a system text are added to `tools`.
     """
     given = turn.get("role", turn.get("from"))
     role = _ROLES.get(given) if isinstance(given, str) else None
@@ -220,24 +256,29 @@ def _messages(turn: dict, field: str, tools: list[dict], notice: Callable[[str],
         raw = dump_json(raw)
     text, thinking = _text(raw, f"{field}: the content")
     _expect(not thinking or role == "assistant", f"{field}: thinking of a {role}; expected text")
-    if role == "user" and text.lstrip().startswith("<tool_response>"):
+    if role == "user" and "<tool_response>" in tags and (
+            text.lstrip().startswith("<tool_response>")):
         role = "tool"
     if given in _CALL_ROLES:
         values = at_field(field, loose_json, text, notice)
         calls = values if isinstance(values, list) else [values]
         return [Message("assistant", tool_calls=tuple(_call(call, field) for call in calls),
                         trained=_trained(turn, field))]
+    if tags and any(tag in text for tag in _CALL_TAGS - tags):
+        notice("has <tool_call> or <tool_response> in a text, read as text, for its calls are in "
+               "fields")
     if role == "assistant":
-        return [_assistant(turn, text, thinking, field, notice)]
+        return [_assistant(turn, text, thinking, field, tags, notice)]
     if role == "tool":
         name, id = turn.get("name"), turn.get("tool_call_id")
         for key, value in (("name", name), ("tool_call_id", id)):
             _expect(value is None or isinstance(value, str), f"{field}.{key} is not text")
-        return [Message("tool", result, name=name, tool_call_id=id)
-                for result in at_field(field, results_in, text)]
+        results = _at_tags(field, results_in, text) if "<tool_response>" in tags else [text]
+        return [Message("tool", result, name=name, tool_call_id=id) for result in results]
     if role == "system":
-        text, values = at_field(field, take_tools, text, notice)
-        found = at_field(field, _tools, values, "<tools>", notice)
+        text, values = (_at_tags(field, take_tools, text, notice) if "<tools>" in tags else
+                        (text, []))
+        found = _at_tags(field, _tools, values, "<tools>", notice)
         if tools and found and found != tools:
             notice("has other tools in its system message than beside it; the latter are used")
         tools[:] = tools or found
@@ -273,8 +314,8 @@ def _text(value: object, field: str) -> tuple[str, str]:
     return found["text"], found["thinking"]
 
 
-def _assistant(turn: dict, text: str, thinking: str, field: str, notice: Callable[[str], None],
-               ) -> Message:
+def _assistant(turn: dict, text: str, thinking: str, field: str, tags: set[str],
+               notice: Callable[[str], None]) -> Message:
     calls = turn.get("tool_calls") or []
     _expect(isinstance(calls, list), f"{field}.tool_calls is not a list")
     if turn.get("function_call"):
@@ -282,12 +323,15 @@ def _assistant(turn: dict, text: str, thinking: str, field: str, notice: Callabl
     beside = [_text(turn.get(key), f"{field}.{key}")[0]
               for key in ("reasoning_content", "reasoning", "thinking")]
     message = Message("assistant", text)
-    if "<tool_call>" in text or text.lstrip().startswith("<think>"):
-        message = at_field(field, split_text, text, notice)
-        _expect(not (calls and message.tool_calls),
-                f"{field}: calls both in the text and beside it; expected one of them")
+    if "<tool_call>" in text and "<tool_call>" in tags:
+        message = _at_tags(field, split_text, text, notice)
+    elif "<think>" in tags and text.lstrip().startswith("<think>"):
+        message = split_thinking(text)
+    _expect(not (calls and tags and (message.tool_calls or "<tool_call>" in message.content)),
+            f"{field}: calls both in the text and beside it; expected one of them{_ARE_TEXT}")
     thoughts = {thought for thought in (message.thinking, thinking, *beside) if thought.strip()}
-    _expect(len(thoughts) < 2 and not message.content.lstrip().startswith("<think>"),
+    _expect(len(thoughts) < 2 and not (
+        "<think>" in tags and message.content.lstrip().startswith("<think>")),
             f"{field}: thinking in two places; expected it in one")
     if calls:
         message = replace(message, tool_calls=tuple(_call(call, field) for call in calls))
@@ -377,7 +421,7 @@ def _check_order(read: list[tuple[str, Message]]) -> None:
             _expect(before in ("assistant", "tool") and results <= len(calls),
                     f"{field}: a tool result without a call; expected a call before")
             ids = [call.id for call in calls if call.id]
-            _expect(message.tool_call_id is None or not ids or message.tool_call_id in ids,
+            _expect(not message.tool_call_id or not ids or message.tool_call_id in ids,
                     f"{field}: tool_call_id {message.tool_call_id!r} is of no call before it")
         before = role
     _expect(before not in (None, "system"), "no user message; expected one")

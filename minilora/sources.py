@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minilora.config import UserError, builtin
-from minilora.dialects import decode_json, load_json
+from minilora.jsontext import decode_json, load_json
 from minilora.weights import snapshot
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
@@ -37,6 +37,9 @@ class DataFile(NamedTuple):
     path: Path
     name: str
     weight: float = 1.0
+
+
+Data = str | Path | DataFile | Sequence[str | Path | DataFile]
 
 
 # --- DATA -> files --------------------------------------------------------------------------------
@@ -60,12 +63,16 @@ def split_data(data: str) -> list[tuple[str, float]]:
     return parts
 
 
-def find_files(data: str | Path | Sequence[str | Path]) -> list[DataFile]:
+def find_files(data: Data) -> list[DataFile]:
     """The files that DATA names, in order; a Path is a file or a folder and nothing else.
+
+    What was found already is itself, so that who needs the files twice looks for them once.
 
     Raises UserError for what is not there, for a folder or a pattern that holds no data, and where
     the hub cannot be read.
     """
+    if isinstance(data, DataFile):
+        return [data]
     if isinstance(data, Path):
         return _local(data, str(data), 1.0)
     if isinstance(data, str):
@@ -202,7 +209,12 @@ def _array_rows(text: str, name: str) -> Iterator[RawRow]:
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
-    """The rows of a parquet file, less what is null: a column has a value for every row."""
+    """The rows of a parquet file, less what is null.
+
+    There a field that one row has all rows have, null where they lack it: what the other tools of a
+    file take as arguments would else be null arguments of each. A null that is meant stays where
+    arguments (or a whole row's tools) are JSON text.
+    """
     try:
         from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile

@@ -70,8 +70,7 @@ class Tokenizer:
 
         self.new_tokens = self._read_new_tokens(types)
         tags = {i for i, kind in types.items() if kind == USER_DEFINED and (
-            _TAG.fullmatch(self._pieces[i]) and not _HTML.fullmatch(self._pieces[i])
-            or i in self.new_tokens.values())}
+            _is_tag(self._pieces[i]) or i in self.new_tokens.values())}
         named = tags | {i for i, kind in types.items() if kind in (CONTROL, UNKNOWN)}
         self._added = {i: _added_token(self._pieces[i], special=i in named)
                        for i, kind in types.items() if i in named or kind == USER_DEFINED}
@@ -150,10 +149,11 @@ class Tokenizer:
         return dict(tokens)
 
     def _read_added_tokens(self) -> set[int]:
-        """Added tokens must agree with the pieces; returns the ids of those that follow them.
+        """Added tokens must agree with the pieces; returns the ids of those that are none.
 
-        Gemma 3 has one: its <image_soft_token> is not in its tokenizer.model. The list is in
-        tokenizer_config.json, or, as transformers 5 writes it, in tokenizer.json alone.
+        Such as follow the pieces, as Gemma 3's <image_soft_token>, and tags that an <unusedN> has
+        been put to use as, as FunctionGemma's. The list is in tokenizer_config.json, or, as
+        transformers 5 writes it, in tokenizer.json alone.
         """
         path = self._folder / "tokenizer_config.json"
         added = self._config.get("added_tokens_decoder")
@@ -167,12 +167,17 @@ class Tokenizer:
             tokens = sorted((i, str(token["content"])) for i, token in added.items())
         except (AttributeError, KeyError, TypeError, ValueError):
             raise UserError(f"{path}: its added tokens must have ids and a content") from None
+        no_pieces = set()
         for i, token in tokens:
             if i >= len(self._entries):
                 self._extend(i, token)
+                no_pieces.add(i)
+            elif i >= 0 and re.fullmatch(r"<unused\d+>", self._pieces[i]) and _is_tag(token):
+                self._pieces[i] = token
+                no_pieces.add(i)
             self._check(path, i, token)
         self._added.update(added)
-        return {i for i in added if i >= len(self._entries)}
+        return no_pieces
 
     def _extend(self, i: int, token: str) -> None:
         """Gives `token` the id `i`, after all others; ids between get placeholders."""
@@ -357,6 +362,10 @@ class Tokenizer:
                             "from the base model") from None
         added |= {i: {"id": i, **token} for i, token in self._added.items()}
         return _json({**raw, "added_tokens": [added[i] for i in sorted(added)], "model": model})
+
+
+def _is_tag(piece: str) -> bool:
+    return bool(_TAG.fullmatch(piece)) and not _HTML.fullmatch(piece)
 
 
 def _read_object(path: Path) -> dict:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 
 from minilora.chat import Kind
 from minilora.data import IGNORED, Example, column
-from minilora.dialects import dump_json
+from minilora.jsontext import dump_json
 from minilora.report import visible
 from minilora.tokenizer import Tokenizer
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import TOOL
 
-from minilora import cache
+from minilora import cache, sources
 from minilora.cache import Dataset, load_examples
 from minilora.config import TrainConfig, UserError
-from minilora.data import batches, column, count_tokens, digest, make_examples, split
+from minilora.data import IGNORED, batches, column, count_tokens, digest, make_examples, split
 from minilora.readers import read_conversations
 from minilora.trainer import plan_steps, stream_batches
 
@@ -186,13 +186,22 @@ def test_problems_are_told_again_and_refused_again(data, tokenizer, tmp_path):
 
 def test_what_is_cut_is_one_notice_with_counts(tokenizer, data, capsys):
     whole = make_examples(read_conversations("a.jsonl"), tokenizer)
+    trained = [int((each.labels != IGNORED).sum()) for each in whole]
     found = load_examples("a.jsonl", tokenizer, length=len(whole[0]) - 20)
     lost = column(found, "cut")
     assert (lost[column(found, "part") == 0] > 0).all() and len(found) == 12 + 4
     assert capsys.readouterr().err == (
-        f"note: a.jsonl:1 (row 1): cut: {lost[0]} trained tokens are in turns that do not fit "
-        f"--length with the question before them (and 12 more rows; {lost.sum()} trained tokens in "
-        "all)\n")
+        f"note: a.jsonl:1 (row 1): cut: {lost[0]} of its {trained[0]} trained tokens are in turns "
+        f"that do not fit --length with the question before them (and 12 more rows; {lost.sum()} "
+        f"of {sum(trained)} trained tokens in all)\n")
+
+
+def test_the_files_are_looked_for_once(data, tokenizer, monkeypatch):
+    """A hub dataset would be asked for again."""
+    asked, find = [], sources._named
+    monkeypatch.setattr(sources, "_named", lambda *name: asked.append(name) or find(*name))
+    load_examples(data, tokenizer, length=LENGTH, on_notice=lambda notice: None)
+    assert asked == [("a.jsonl", 1.0), ("b.jsonl", 0.5)]
 
 
 def test_settings_that_are_wrong_are_one_error(data, tokenizer):

@@ -56,11 +56,11 @@ def table_of(card, title):
 
 def test_a_card_states_base_data_recipe_and_accuracy(tmp_path):
     run = write_run(tmp_path / "runs/calls", lora={"rank": 8, "alpha": 16.5, "rslora": True},
-                    data="a/ca|lls.jsonl,b/more.jsonl", batch=8, length=400, accumulate=2,
+                    data="a/ca|lls.jsonl@0.5,b/more.jsonl", batch=8, length=400, accumulate=2,
                     lr=3e-4, warmup=0.1)
     card = model_card("peft", "google/gemma-2-2b-it", "hermes", run, 256008)
     facts = table_of(card, "")
-    assert facts["data"] == [r"ca\|lls.jsonl, more.jsonl: 950 conversations"]
+    assert facts["data"] == [r"ca\|lls.jsonl (weight 0.5), more.jsonl: 950 conversations"]
     assert "google/gemma-2-2b-it" in facts["base"][0]
     assert facts["steps"] == ["440, each of 8 × 400 tokens × 2"]
     assert "hermes" in facts["dialect"][0] and "`<tool_call>`" in facts["dialect"][0]

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import sentencepiece
-from conftest import NANO
+from conftest import NANO, load_tokenizer
 
 from minilora.chat import Conversation, Message, render
 from minilora.config import GenerateConfig, LoraConfig, TrainConfig
@@ -153,6 +153,16 @@ def test_learning_looks_on_its_way(tmp_path):
     points = learning.learn(*recipe, str(tmp_path / "held_out.jsonl"))
     assert [point["step"] for point in points] == list(range(1, learning.LOOKS + 1))
     assert all(point["calls"][1] + point["no_tool"][1] == 4 for point in points)
+
+
+@pytest.mark.parametrize("name", learning.runs(LoraConfig(), TrainConfig()))
+def test_every_compared_run_has_data(name, tmp_path):
+    """Whatever its mask leaves: half of the chats have no call in them."""
+    make.write_data(tmp_path, 5, 12, 0)
+    config = TrainConfig(data=str(tmp_path / "train.jsonl"), length=800, steps=1)
+    examples = learning.training_data(learning.runs(LoraConfig(), config)[name][1],
+                                      load_tokenizer(NANO / "tokenizer.model"))
+    assert 0 < len(examples) <= 12
 
 
 def test_learning_is_shown_as_a_table_and_a_picture(tmp_path):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minilora.chat import Conversation, Message, ToolCall, render
 from minilora.config import UserError
 from minilora.formats import standard_tool
-from minilora.readers import iterate_rows, openai_row, read_conversations
+from minilora.readers import iterate_rows, openai_row, read_conversations, read_row
 
 
 @pytest.fixture
@@ -115,17 +115,18 @@ def test_fields_that_only_some_layouts_have(reader):
         ("system", " "), ("user", "?"),
         ("assistant", {"content": "Hm.", "reasoning_content": "Why?", **call("")}),
         ("tool", {"content": {"a": 1}, "tool_call_id": "c1", "name": "get_weather"}),
-        ("assistant", "<think>\nSo.\n</think>\nYes."), ("user", "!"),
-        ("assistant", {"content": tagged(_CALL_JSON), "thinking": "Now."}),
-        tools=[{**TOOL, "strict": True}]))
+        ("assistant", "<think>\nSo.\n</think>\nYes."), tools=[{**TOOL, "strict": True}]))
     assert problems == []
     assert found.messages == (
         Message("user", "?"),
         Message("assistant", "Hm.", "Why?", (ToolCall("get_weather", {}, "c1"),)),
         Message("tool", '{"a": 1}', name="get_weather", tool_call_id="c1"),
-        Message("assistant", "Yes.", "So."), Message("user", "!"),
-        Message("assistant", "", "Now.", (ToolCall("get_weather", ARGUMENTS),)))
+        Message("assistant", "Yes.", "So."))
     assert found.tools == ({**TOOL, "strict": True},)
+    (found,), problems, _ = reader(chat(
+        USER, ("assistant", {"content": tagged(_CALL_JSON), "thinking": "Now."})))
+    assert not problems and found.messages[1] == Message(
+        "assistant", "", "Now.", (ToolCall("get_weather", ARGUMENTS),))
 
 
 def test_calls_side_by_side_are_one_turn(reader):
@@ -136,7 +137,7 @@ def test_calls_side_by_side_are_one_turn(reader):
         {"from": "function_call", "value": _CALL_JSON}, {"from": "function_call", "value": two},
         {"from": "observation", "value": "1"}, {"from": "tool", "value":
          "<tool_response>2</tool_response>\n<tool_response>\n3\n</tool_response>"},
-        {"from": "gpt", "value": "Done."}], "tools": [FLAT]})
+        {"from": "gpt", "value": "Done."}], "tools": [FLAT], "hermes_tags": True})
     assert problems == []
     assert [len(m.tool_calls) for m in found.messages] == [0, 3, 0, 0, 0, 0]
     assert [m.content for m in found.messages] == ["?", "Wait.", "1", "2", "3", "Done."]
@@ -167,7 +168,8 @@ def test_a_call_of_a_tool_not_on_offer_is_noticed(reader):
 
 
 arguments = st.dictionaries(st.text(), st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text() | st.just("</tool_call>"),
+    st.none() | st.booleans() | st.integers() | st.text()
+    | st.sampled_from(["</tool_call>", "<tool_call>\n{}", "<think>"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=6), max_size=4)
 
@@ -201,7 +203,7 @@ results = st.dictionaries(st.text(max_size=3), st.integers(), max_size=2).map(js
 
 
 @st.composite
-def conversations(draw) -> Conversation:
+def conversations(draw, words=words, results=results) -> Conversation:
     """System text or none, questions with calls and results or without, answers, thinking."""
     names = draw(st.lists(words, min_size=1, max_size=3, unique=True))
     tools = tuple({"type": "function", "function": {"name": name, "parameters": {
@@ -304,6 +306,51 @@ def test_a_conversation_is_the_same_in_every_layout(tmp_path_factory, conversati
             assert without_ids(one) == without_ids(conversation), layout
 
 
+tags = st.lists(st.sampled_from([
+    "<tools>", "</tools>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>",
+    "</tool_response>", "<tool_", "call>", "\n", " ", "x", "[]", json.dumps([TOOL]), _CALL_JSON]),
+    min_size=1, max_size=6).map("".join).filter(str.strip)
+
+
+@LAW
+@given(conversation=conversations(tags, tags | st.just("")))
+def test_a_row_written_here_reads_back_whatever_its_texts_spell(conversation):
+    """Transcripts and mended copies: not even a Hermes tag in a text is taken for structure."""
+    notes = set()
+    assert read_row(json.loads(json.dumps(openai_row(conversation))), notes.add) == conversation
+    assert not notes
+
+
+def test_a_mark_stands_where_a_text_spells_a_tag_and_nowhere_else():
+    def row(text):
+        return openai_row(Conversation((Message("user", text), Message("assistant", "!"))))
+
+    assert row("What is <tool_call>?")["hermes_tags"] is False
+    assert row("What is a tool_call in <b>?").keys() == {"messages"}
+
+
+def test_calls_stand_in_one_place(reader):
+    """Tags of calls are text in a row that has calls in fields, unless it says otherwise."""
+    response = "<tool_response>\n1\n</tool_response>"
+    fields = (("assistant", {"content": "<think>Hm.</think>", **call()}), ("tool", response),
+              ("assistant", f"It said {tagged('?')}"), ("user", response), REPLY)
+    read, problems, notices = reader(
+        chat(USER, *fields), chat(USER, *fields, hermes_tags=False), {"conversations": [
+            {"from": "human", "value": response}, {"from": "function_call", "value": _CALL_JSON}]},
+        chat(USER, *fields[:2], hermes_tags=True), chat(USER, ("assistant", tagged(_CALL_JSON)),
+                                                       ("user", response), REPLY))
+    assert problems == []
+    said = [(m.role, m.content, m.thinking, len(m.tool_calls)) for m in read[0].messages]
+    assert said == [("user", "?", "", 0), ("assistant", "", "Hm.", 1), ("tool", response, "", 0),
+                    ("assistant", f"It said {tagged('?')}", "", 0), ("user", response, "", 0),
+                    ("assistant", "!", "", 0)]
+    assert read[1].messages[1].content == "<think>Hm.</think>"  # all that is spelled is text there
+    assert read[1].messages[2:] == read[0].messages[2:] and read[2].messages[0].content == response
+    assert read[3].messages[2].content == read[4].messages[2].content == "1"
+    assert len(notices) == 2 and "(row 1) has <tool_call> or <tool_response> in a text, read as " \
+        "text, for its calls are in fields (and 1 more rows" in "".join(notices)
+
+
 def test_xlam_rows(reader):
     """Tools with parameters by name, types of Python; calls as text."""
     tool = {"name": "find", "description": "Finds", "parameters": {
@@ -359,14 +406,14 @@ def test_results_go_in_the_order_of_their_calls(reader):
     def row(ids, given):
         return chat(USER, ("assistant", {"tool_calls": [
             {"id": id, "function": {"name": "f", "arguments": {}}} for id in ids]}),
-            *(("tool", {"content": str(n), **({"tool_call_id": id} if id else {})})
+            *(("tool", {"content": str(n), **({} if id is None else {"tool_call_id": id})})
               for n, id in enumerate(given)))
 
     found, problems, notices = reader(
         row("abc", "cab"), row("abc", "ca"), row("abc", ["c", None, "a"]), row(["a", None], "a"),
-        row("aa", "aa"), row("ab", "aa"))
+        row("aa", "aa"), row("ab", "aa"), row(["", "a"], ["", "a"]))
     assert [[m.content for m in one.messages[2:]] for one in found] == [
-        ["1", "2", "0"], ["1", "0"], ["0", "1", "2"], ["0"], ["0", "1"]]
+        ["1", "2", "0"], ["1", "0"], ["0", "1", "2"], ["0"], ["0", "1"], ["0", "1"]]
     assert len(problems) == 1 and "(row 6): two results of one call" in problems[0]
     assert "results in another order" in notices[1] and "(and 1 more rows" in notices[1]
 
@@ -518,8 +565,9 @@ def test_bad_rows_are_named_and_the_others_are_read(reader):
     (chat(USER, ("assistant", {"content": tagged("{'name'")})), "messages[1]: not JSON"),
     (chat(USER, ("assistant", {"content": tagged("{'a': open('b')}")})), "messages[1]: not JSON"),
     (chat(USER, ("assistant", {"content": tagged(_CALL_JSON), **call()})), "calls both in the"),
-    (chat(USER, ("assistant", call()), ("tool", "<tool_response>a</tool_response>b")),
-     "messages[2]: text outside <tool_response>"),
+    (chat(USER, ("assistant", tagged(_CALL_JSON)), ("tool", "<tool_response>a</tool_response>b")),
+     "messages[2]: text outside <tool_response>: 'b' (if the tags are text: \"hermes_tags\": fals"),
+    (chat(USER, REPLY, hermes_tags=0), "hermes_tags is 0; expected false (tags are text) or true"),
     (chat(USER, ("function_call", "f()")), "messages[1]: not JSON"),
     (chat(USER, ("assistant", call()), ("tool", {"name": 3})), "messages[2].name is not text"),
     (chat(USER, ("assistant", {"content": "b", "weight": 0.5})), "messages[1].weight is 0.5; exp"),

@@ -494,7 +494,9 @@ def test_what_the_base_says_is_kept(tiny_dir, tmp_path):
 @pytest.mark.parametrize("config, expected", [
     ({"added_tokens_decoder": {"107": {"content": "<a>"}}}, ["107", "'<a>'", "'<end_of_turn>'"]),
     ({"added_tokens_decoder": {"7": {"content": "<a>"}}}, ["7", "'<a>'", "'<unused0>'"]),
+    ({"added_tokens_decoder": {"7": {"content": "a b"}}}, ["7", "'a b'", "'<unused0>'"]),
     ({"added_tokens_decoder": {"-1": {"content": "|"}}}, ["-1"]),
+    ({"added_tokens_decoder": {"-999": {"content": "<t>"}}}, ["-999"]),
     ({"added_tokens_decoder": {"x": {"content": "<eot>"}}}, ["added tokens"]),
     ({"added_tokens_decoder": {"7": "<unused0>"}}, ["added tokens"]),
     ({"added_tokens_decoder": {"7": {}}}, ["added tokens"]),

@@ -1,13 +1,14 @@
 """`python -m minilora validate`: check.py, estimate.py and the command; bad rows, mended copies."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from conftest import LAW, NANO, TOOL
 from hypothesis import given
 from test_cli import call, one_line, rows, write_rows  # noqa: F401
-from test_readers import FLAT, HELLO, REPLY, USER, chat, conversations, scraps, tagged, turns
+from test_readers import FLAT, HELLO, REPLY, USER, chat, conversations, scraps, tagged, tags, turns
 
 from minilora.cache import load_examples
 from minilora.check import check_data, histogram
@@ -87,7 +88,7 @@ def test_fix_writes_what_can_be_used_and_names_the_rest(call, tmp_path):  # noqa
 
 
 @LAW
-@given(conversation=conversations(), scrap=turns | scraps)
+@given(conversation=conversations() | conversations(tags, tags), scrap=turns | scraps)
 def test_a_copy_reads_as_the_original(tmp_path_factory, nano_tokenizer, conversation, scrap):
     """Whatever the rows are: what was readable is the same, and the copy has nothing to mend."""
     folder = tmp_path_factory.mktemp("fix")
@@ -106,6 +107,31 @@ def test_a_copy_reads_as_the_original(tmp_path_factory, nano_tokenizer, conversa
     again, _ = check_data(str(copy), nano_tokenizer, config, str(folder / "again.jsonl"))
     assert again["problems"] == again["mended"] == []
     assert copy.read_bytes() == (folder / "again.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("data, told", [
+    ("a.jsonl", None), ("a.jsonl@0.5", "none are in a copy: name it copy.jsonl@0.5"),
+    ("a.jsonl@0.5,b.jsonl", "mend files of different weights one by one")])
+def test_a_copy_has_no_weights_and_says_so(call, tmp_path, data, told):  # noqa: F811
+    for name in "ab":
+        write_rows(tmp_path / f"{name}.jsonl", [HELLO])
+    status, out, _ = call(f"python -m minilora validate {data} --fix copy.jsonl")
+    assert status == 0 and (told in out if told else "weight" not in out)
+
+
+def test_what_is_told_of_data_cannot_steer_a_terminal(call, tmp_path):  # noqa: F811
+    """Names of files are the data's, too, and so is what stands in a row."""
+    evil = "\x1b[31m\x9b\u202e"
+    named = {"tool_calls": [{"function": {"name": evil, "arguments": evil}}]}
+    rows = [{**BFCL, **chat(USER, ("assistant", evil))}, chat((evil, evil)), {evil: evil},
+            UNTRAINED, chat(USER, ("assistant", named))]
+    lines = [*map(json.dumps, rows), f"{{{evil}"]
+    (tmp_path / f"a{evil}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    for command in ("validate .", "validate . --fix copy.jsonl", "show . --row all", "show . --row "
+                    "all --tokens"):
+        _, out, error = call(f"python -m minilora {command}")
+        assert not {"\x1b", "\x9b", "\u202e"} & set(out + error), command
+        assert all(f"row {n}" in out + error for n in (2, 3, 4, 5, 6))
 
 
 def test_a_copy_is_never_half_there(call, tmp_path):  # noqa: F811
@@ -168,7 +194,7 @@ def test_the_steps_are_those_of_training(call, tmp_path, nano_tokenizer):  # noq
     assert plan["run"]["seconds"] > 0
 
 
-@pytest.mark.parametrize("settings", [{}, {"recompute": True}])
+@pytest.mark.parametrize("settings", [{}, {"recompute": "all"}])
 def test_the_estimate_against_a_real_model(settings):
     """Parameters and bytes of weights are exact; what autograd keeps is within a fifth."""
     lora, config = LoraConfig(rank=3, layers=("1-2",)), TrainConfig(batch=2, length=96, **settings)
@@ -185,7 +211,12 @@ def test_the_estimate_against_a_real_model(settings):
     assert needs.seconds_per_step > 0
     most = expect(read_config(NANO), lora, TrainConfig(batch=4, length=96), rows, 0.3,
                   torch.device("cpu"), torch.float32)
-    assert needs.activation_bytes < most.activation_bytes / (2 if config.recompute else 1)
+    again = config.recompute == "all"
+    assert needs.activation_bytes < most.activation_bytes / (2 if again else 1)
+    cheap = expect(read_config(NANO), lora, replace(config, recompute="cheap"), rows, 0.3,
+                   torch.device("cpu"), torch.float32)
+    between = needs.activation_bytes, cheap.activation_bytes
+    assert between == tuple(sorted(between, reverse=not again)) and len(set(between)) == 2
     model.recompute = config.recompute
     kept = {}
 
@@ -200,7 +231,7 @@ def test_the_estimate_against_a_real_model(settings):
     real = sum(t.untyped_storage().nbytes() for at, t in kept.items() if at not in own)
     chunk = 3 * 4 * 512 * model.config.vocab_size
     estimate = needs.activation_bytes - chunk
-    if not config.recompute:  # a layer without LoRA keeps less than one with it
+    if not again:  # a layer without LoRA keeps less than one with it
         assert 0.8 < real / estimate < 1.2
     else:  # beside what is kept, one layer at a time has the rest
         assert real < estimate < needs.activation_bytes

@@ -13,7 +13,7 @@ from minilora import __main__ as program
 from minilora.chat import Conversation, Kind, Message, ToolCall
 from minilora.config import UserError
 from minilora.data import IGNORED, Example
-from minilora.dialects import dump_json
+from minilora.jsontext import dump_json
 from minilora.report import visible
 from minilora.view import color_legend, color_tokens, html_page, list_tokens
 

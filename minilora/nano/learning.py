@@ -18,13 +18,13 @@ from pathlib import Path
 import torch
 
 from minilora.bfcl import ask
-from minilora.cache import load_examples
+from minilora.cache import Dataset, load_examples
 from minilora.config import NANO, LoraConfig, TrainConfig, from_flags, read_settings
 from minilora.evaluate import Share, evaluate
 from minilora.files import write_json
 from minilora.lora import attach
 from minilora.nano.make import write_data
-from minilora.readers import read_conversations
+from minilora.readers import read_conversations, refuse
 from minilora.report import progress, run_command, say
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
@@ -45,7 +45,7 @@ def runs(lora: LoraConfig, config: TrainConfig) -> dict[str, tuple[LoraConfig, T
     scale = lora.alpha / lora.rank
     return {
         f"recipe: rank {lora.rank}, lr {config.lr:g}, assistant": (lora, config),
-        "loss on tool_call alone": (lora, replace(config, train_on="tool_call")),
+        "loss on tool_call alone, no chat without": (lora, replace(config, train_on="tool_call")),
         "loss on think, tool_call, end": (lora, replace(config, train_on="think,tool_call,end")),
         **{f"rank {rank}": (replace(lora, rank=rank, alpha=scale * rank), config)
            for rank in (4, 16)},
@@ -64,7 +64,7 @@ def learn(lora: LoraConfig, config: TrainConfig, questions: str) -> list[dict]:
     model, tokenizer = load_model(config.model, torch.float32), Tokenizer.load(config.model)
     attach(model, lora, config.seed)
     add_dialect(model, tokenizer, config.dialect, config.new_tokens)
-    examples = load_examples(config.data, tokenizer, config.dialect, config.length, config.train_on)
+    examples = training_data(config, tokenizer)
     asked = ask(read_conversations(questions))
     optimizer, stream = make_optimizer(model, config), stream_batches(examples, config)
     looks = {round(config.steps * look / LOOKS) for look in range(1, LOOKS + 1)}
@@ -78,6 +78,18 @@ def learn(lora: LoraConfig, config: TrainConfig, questions: str) -> list[dict]:
             points.append({"step": step + 1, "calls": _counts(report.calls),
                            "no_tool": _counts(report.no_tool)})
     return points
+
+
+def training_data(config: TrainConfig, tokenizer: Tokenizer) -> Dataset:
+    """The examples of a run; chats of which its mask trains nothing are left out."""
+    return load_examples(config.data, tokenizer, config.dialect, config.length, config.train_on,
+                         on_problem=_leave_out)
+
+
+def _leave_out(problem: str) -> None:
+    """A mask of calls alone leaves nothing to train of a chat without one."""
+    if "nothing to train" not in problem:
+        refuse(problem)
 
 
 def _counts(share: Share) -> list[int]:
@@ -137,11 +149,16 @@ def main() -> None:
         write_data(Path(folder), SEED, 0, flags.questions)
         running = {pool.submit(learn, *pair, f"{folder}/held_out.jsonl"): name
                    for name, pair in compared.items()}
+        curves = {}
         for done in as_completed(running):
-            done.result()  # raises here what it raised there
+            if done.exception():
+                pool.shutdown(cancel_futures=True)
+            curves[running[done]] = done.result()
+            write_json(flags.out / "learning.json",
+                       {"questions": flags.questions,
+                        "curves": {name: curves[name] for name in compared if name in curves}})
             bar.update()
-        curves = {name: run.result() for run, name in running.items()}
-    write_json(flags.out / "learning.json", {"questions": flags.questions, "curves": curves})
+        curves = {name: curves[name] for name in compared}
     if not draw(curves, flags.out / "learning.png"):
         say("note: learning.png is not drawn: matplotlib is missing (pip install matplotlib)")
     print(markdown(curves))
