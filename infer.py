@@ -2,12 +2,14 @@
 """Ask a model, and let it call your own Python functions.
 
     python infer.py --tools my_tools.py "What's the weather in Paris?"
-    python infer.py --adapter runs/calls --tools my_tools.py          # a chat; Ctrl-D ends it
+    python infer.py --adapter runs/calls --tools my_tools.py          # a chat, see below
     python infer.py --tools my_tools.py --transcript chat.jsonl       # and keep it as data
 
 The model thinks, calls functions of the file, sees their results and answers. Every public function
 with type hints is a tool; its docstring tells the model what it does. Its code runs on this machine
 with your rights, so offer only what the model may do. On the screen → is a call, ← its result.
+In a chat Ctrl-C ends an answer that is being written, and at the prompt it ends the chat, as Ctrl-D
+does.
 """
 
 import argparse
@@ -18,13 +20,22 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from minilora.chat import Conversation, Message, decode_reply, render, stop_ids
+from minilora.chat import (
+    Conversation,
+    MalformedCall,
+    Message,
+    decode_reply,
+    render,
+    split_reply,
+    stop_ids,
+)
 from minilora.checkpoint import adapter_base, knows_dialect, open_model
 from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
 from minilora.constrain import Constraint, Vocabulary
-from minilora.dialects import DIALECTS, dump_json
+from minilora.dialects import DIALECTS
 from minilora.files import write_file
 from minilora.generate import stream, stream_text
+from minilora.jsontext import dump_json
 from minilora.model import Gemma
 from minilora.readers import openai_row
 from minilora.report import colors, run_command, visible
@@ -83,10 +94,17 @@ def main(argv: list[str] | None = None) -> None:
         constraint = vocabulary and Constraint(vocabulary, tools, dialect)
         ids = stream(model, prompt, config, stops, barred, constraint)
         screen.write(stream_text(noted(ids, written), tokenizer))
-        if len(written) == min(config.max_new, context - len(prompt)):
-            screen.show(Event("cut", f"the reply has reached {len(written)} tokens and may be cut; "
-                              "--max-new allows more"))
-        return decode_reply(written, tokenizer, dialect)
+        text, most = decode_reply(written, tokenizer, dialect), context - len(prompt)
+        if len(written) == min(config.max_new, most):
+            reached = f"the reply has reached {len(written)} tokens and "
+            more = ("--max-new allows more" if config.max_new < most else
+                    f"the model's context of {context} has no room for more")
+            if not has_calls(text, dialect):
+                screen.show(Event("cut", f"{reached}may be cut; {more}"))
+            elif constraint:  # which has seen to it that the call is whole
+                screen.show(Event("cut", f"{reached}had to end its call there, which may hold less "
+                                  f"than was meant; {more}"))
+        return text
 
     def ask(question: str) -> None:
         """One question until it is answered; where that fails, it has never been asked."""
@@ -117,6 +135,12 @@ def main(argv: list[str] | None = None) -> None:
                     print(f"error: {visible(str(error))} (the question is left out)",
                           file=sys.stderr)
                     continue
+                except KeyboardInterrupt:
+                    if flags.prompt is not None or not sys.stdin.isatty():
+                        raise
+                    screen.show(Event("stopped", "stopped; the question and what came of it are "
+                                      "left out"))
+                    continue
                 if flags.transcript:
                     write_file(Path(flags.transcript), f"{dump_json(row())}\n".encode())
         except KeyboardInterrupt:
@@ -145,7 +169,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="how often it may call and see results before it has to answer "
                         "(default: %(default)s)")
     parser.add_argument("--timeout", type=float, default=TIMEOUT,
-                        help="seconds that a function may take, 0: any (default: %(default)g)")
+                        help="seconds that a function may take, 0: any; one that takes longer is "
+                        "told to end, and does so unless it sleeps or waits for something, which "
+                        "it does to the end (default: %(default)g)")
     parser.add_argument("--transcript", metavar="FILE.jsonl", help="write the conversation there "
                         "after each answer, as a row that train.py --data, validate, show and "
                         "eval read")
@@ -206,24 +232,26 @@ class Screen:
     def write(self, pieces: Iterable[str]) -> None:
         """Shows the pieces of a reply as they come, less the calls in it."""
         part, shown, gap = "text", False, ""
-        for piece in pieces:
-            if self.json:
-                continue
-            if piece in self.tags:  # a tag is one token and so a piece of its own
-                part = {THINK: "thinking", "</think>": "text"}.get(piece, "call")
-                if shown:
-                    self.say("")
-                if piece == THINK and self.hidden:
-                    self.say("(thinking, not shown)", dim=True)
-                shown, gap = False, ""
-            elif part == "text" or part == "thinking" and not self.hidden:
-                piece = gap + piece if shown else piece.lstrip()
-                body = piece.rstrip()  # the space after it is shown once something follows
-                gap, shown = piece[len(body):], shown or bool(body)
-                if body:
-                    self.say(body, dim=part == "thinking", end="")
-        if shown:
-            self.say("")
+        try:
+            for piece in pieces:
+                if self.json:
+                    continue
+                if piece in self.tags:  # a tag is one token and so a piece of its own
+                    part = {THINK: "thinking", "</think>": "text"}.get(piece, "call")
+                    if shown:
+                        self.say("")
+                    if piece == THINK and self.hidden:
+                        self.say("(thinking, not shown)", dim=True)
+                    shown, gap = False, ""
+                elif part == "text" or part == "thinking" and not self.hidden:
+                    piece = gap + piece if shown else piece.lstrip()
+                    body = piece.rstrip()  # the space after it is shown once something follows
+                    gap, shown = piece[len(body):], shown or bool(body)
+                    if body:
+                        self.say(body, dim=part == "thinking", end="")
+        finally:  # also where it is interrupted
+            if shown:
+                self.say("")
 
     def show(self, event: Event) -> None:
         """Shows an event. Thinking and text are on the screen already."""
@@ -241,7 +269,7 @@ class Screen:
             self.say(f"✗ the call could not be read: {event.text}")
         elif event.kind == "answer" and not event.text:
             self.say("(the model ended its turn without a word)")
-        elif event.kind in ("limit", "context", "cut"):
+        elif event.kind in ("limit", "context", "cut", "stopped"):
             self.say(f"({event.text})", dim=event.kind != "limit")
 
 
@@ -252,12 +280,23 @@ def noted(ids: Iterable[int], written: list[int]) -> Iterator[int]:
         yield new
 
 
+def has_calls(text: str, dialect: str) -> bool:
+    """Whether a reply ends in calls that are whole."""
+    try:
+        return bool(split_reply(text, dialect).tool_calls)
+    except MalformedCall:
+        return False
+
+
 def lines() -> Iterator[str]:
-    """The lines of a chat, from a person or a pipe, until there are no more."""
+    """The lines of a chat, from a person or a pipe, until there are no more, or Ctrl-C."""
+    at_prompt = sys.stdin.isatty()
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
-        except EOFError:
+            line = input("> " if at_prompt else "")
+        except (EOFError, KeyboardInterrupt):
+            if at_prompt:
+                print()
             return
         if line.strip():
             yield line

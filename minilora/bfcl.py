@@ -133,7 +133,8 @@ def _question(row: object, where: str, name: str, answers: dict[str, list], miss
               ) -> Question:
     """A row of the leaderboard. Raises ValueError that names the key."""
     for key, kind in (("id", str), ("question", list), ("function", list)):
-        if not isinstance(row, dict) or not isinstance(row.get(key), kind) or not row[key]:
+        if (not isinstance(row, dict) or not isinstance(row.get(key), kind)
+                or not row[key] and key != "function"):  # there may be no tool, and so no call
             raise ValueError(f"{key} is missing or not a {'text' if kind is str else 'list'}")
     numbered = re.fullmatch(r"(.*[a-z])_[\d-]+", row["id"])
     category = numbered[1] if numbered else name.partition(".json")[0]

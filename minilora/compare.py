@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from minilora.chat import ToolCall
 from minilora.config import UserError
-from minilora.dialects import dump_json
+from minilora.jsontext import dump_json
 
 Answer = ToolCall | dict
 

@@ -62,6 +62,21 @@ class Share:
         return f"{self.value:.3f} ({self.right}/{self.total}, 95 % {low:.3f} to {high:.3f})"
 
 
+def mean_interval(shares: Sequence[Share]) -> tuple[float, float]:
+    """95 % for the mean of shares of different questions; of none, (0, 1).
+
+    How far Wilson's limits are from the shares, added as independent errors are: Zou, Huang and
+    Zhang 2009, doi:10.1016/j.csda.2008.09.033. What it tells is how another draw of questions from
+    these categories might come out, not how another category might. Of one share it is Wilson's.
+    """
+    if not shares:
+        return 0.0, 1.0
+    mean = sum(share.value for share in shares) / len(shares)
+    low, high = (math.hypot(*(share.value - share.interval[end] for share in shares)) / len(shares)
+                 for end in (0, 1))
+    return max(0.0, mean - low), min(1.0, mean + high)
+
+
 @dataclass(frozen=True)
 class Case:
     """One question: what the model wrote, and whether that is right."""
@@ -123,6 +138,10 @@ class Report:
         return sum(shares) / len(shares) if shares else None
 
     @property
+    def mean_interval(self) -> tuple[float, float]:
+        return mean_interval(list(self.categories.values()))
+
+    @property
     def problems(self) -> dict[str, int]:
         """How often each kind of problem occurs, the most frequent first."""
         return dict(Counter(case.problem.kind for case in self.cases
@@ -140,7 +159,7 @@ class Report:
 
         return {**share("calls", self.calls), **share("no_tool", self.no_tool),
                 **share("right", self.total), "cases": len(self.cases),
-                "mean_of_categories": self.mean,
+                "mean_of_categories": self.mean, "mean_of_categories_95": self.mean_interval,
                 "categories": {name: {**asdict(each), **share("share", each)}
                                for name, each in self.categories.items()},
                 "problems": self.problems}
@@ -195,12 +214,19 @@ def evaluate(model: Gemma, tokenizer: Tokenizer, questions: Sequence[Question],
     Decoding is greedy whatever `config` says (its `max_new` counts). A batch has prompts of like
     length, the longest first, so that what does not fit into memory shows at once: at most `batch`
     of them, and of `batch_tokens` tokens, replies included. A prompt that leaves the model no room
-    to answer counts as not right, and a note tells of it. `progress` is told (done, of how many)
-    after each batch.
+    to answer counts as not right, and a note tells of it; another of what `config.constrained` does
+    not keep to in the tools' schemas. `progress` is told (done, of how many) after each batch.
     """
     config = replace(config or GenerateConfig(), temperature=0.0)
     limit, stops = model.config.max_position_embeddings, stop_ids(tokenizer, dialect)
     words = Vocabulary(tokenizer) if config.constrained else None
+    loose: dict[str, set[str]] = {}
+    for question in questions if words else ():  # what is wrong with a schema shows at once
+        loose |= Constraint(words, question.conversation.tools, dialect).loose
+    if loose:
+        name, some = next(iter(loose.items()))
+        warn(f"calls are held to the tools' schemas, but not to {', '.join(sorted(some))} of {name}"
+             + (f" and the like in {len(loose) - 1} more" if len(loose) > 1 else ""))
     prompts = [render(question.conversation, tokenizer, dialect, generate=True).ids
                for question in questions]
     cases: list[Case | None] = [None] * len(prompts)
@@ -224,8 +250,9 @@ def evaluate(model: Gemma, tokenizer: Tokenizer, questions: Sequence[Question],
         for index, reply in zip(chosen, replies, strict=True):
             case = check_reply(decode_reply(reply, tokenizer, dialect), questions[index], dialect)
             if case.problem and len(reply) == min(config.max_new, limit - len(prompts[index])):
+                end = "closed" if words and case.calls else "cut"
                 case = replace(case, problem=case.problem._replace(
-                    reason=f"{case.problem.reason} (cut at {len(reply)} tokens)"))
+                    reason=f"{case.problem.reason} ({end} at {len(reply)} tokens)"))
             cases[index] = case
         if progress:
             progress(len(cases) - len(left), len(cases))

@@ -10,6 +10,7 @@ functions offered, and its arguments are checked against the schema before the f
 """
 
 import copy
+import ctypes
 import dataclasses
 import difflib
 import enum
@@ -17,6 +18,8 @@ import importlib.util
 import inspect
 import itertools
 import json
+import math
+import operator
 import re
 import sys
 import threading
@@ -31,7 +34,7 @@ from pathlib import Path, PurePath
 
 from minilora.chat import MalformedCall, Message, ToolCall, split_reply
 from minilora.config import UserError
-from minilora.dialects import dump_json
+from minilora.jsontext import dump_json
 
 TIMEOUT = 30.0  # seconds that a function may take
 BUDGET = 4000   # characters of its result that the model is shown
@@ -184,12 +187,33 @@ TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool,
          "object": dict, "null": type(None), "float": (int, float), "tuple": list, "dict": dict,
          "any": object}
 
+# Words that narrow a type: the values that they are about, who keeps to them, and how that is said.
+BOUNDS: dict[str, tuple[type | tuple, Callable, str]] = {
+    "minimum": ((int, float), operator.ge, "at least {}"),
+    "maximum": ((int, float), operator.le, "at most {}"),
+    "exclusiveMinimum": ((int, float), operator.gt, "more than {}"),
+    "exclusiveMaximum": ((int, float), operator.lt, "less than {}"),
+    "multipleOf": ((int, float), lambda number, step: math.isclose(
+        number, round(number / step) * step), "a multiple of {}"),
+    "minLength": (str, lambda text, least: len(text) >= least, "at least {} characters"),
+    "maxLength": (str, lambda text, most: len(text) <= most, "at most {} characters"),
+    "pattern": (str, lambda text, pattern: re.search(pattern, text), "text that matches {}"),
+    "minItems": (list, lambda items, least: len(items) >= least, "at least {} items"),
+    "maxItems": (list, lambda items, most: len(items) <= most, "at most {} items"),
+    "uniqueItems": (list, lambda items, unique: not unique or len(items) == len(
+        set(map(dump_json, items))), "items that differ"),
+    "minProperties": (dict, lambda object, least: len(object) >= least, "at least {} keys"),
+    "maxProperties": (dict, lambda object, most: len(object) <= most, "at most {} keys"),
+}
+
 
 def check_arguments(schema: dict, arguments: object) -> list[str]:
     """What is wrong with a call's arguments, one sentence a problem; none when they fit.
 
     `schema` is a tool's schema. Unknown and missing parameters, types (true is no integer, an
-    integer is a number, "5" is neither), choices, and the insides of arrays and objects.
+    integer is a number, "5" is neither), choices, ranges, lengths and patterns (as Python's `re`
+    has them), and the insides of arrays and objects. Raises UserError for a bound in the schema
+    that is none.
     """
     parameters = schema.get("function", schema).get("parameters") or {}
     return _problems(arguments, {"properties": {}, **parameters, "type": "object"}, "")
@@ -200,16 +224,26 @@ def _problems(value: object, schema: dict, where: str) -> list[str]:
     options = schema.get("anyOf")
     if options:
         return [] if any(not _problems(value, option, where) for option in options) else [
-            _expected(value, schema, where)]
+            _expected(value, _describe(schema), where)]
     kinds = _kinds(schema)
     if kinds and not any(isinstance(value, TYPES.get(kind, object)) for kind in kinds
                          if not isinstance(value, bool) or kind in ("boolean", "any")):
-        return [_expected(value, schema, where)]
+        return [_expected(value, _describe(schema), where)]
     # Python has True == 1, JSON has not.
     if "enum" in schema and not any(value == choice and isinstance(value, bool)
                                     == isinstance(choice, bool) for choice in schema["enum"]):
-        return [_expected(value, schema, where)]
+        return [_expected(value, _describe(schema), where)]
     problems = []
+    for word, (of, keeps, said) in BOUNDS.items():
+        bound = _bound(schema, word)
+        if bound is None or isinstance(value, bool) or not isinstance(value, of):
+            continue
+        try:
+            if not keeps(value, bound):
+                problems.append(_expected(value, said.format(bound), where))
+        except (TypeError, ArithmeticError, re.error) as error:
+            raise UserError(f"the schema of {where or 'the arguments'} has {word} "
+                            f"{dump_json(bound)}, which cannot be checked: {error}") from None
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
             problems += _problems(item, schema["items"], f"{where}[{index}]")
@@ -227,15 +261,23 @@ def _problems(value: object, schema: dict, where: str) -> list[str]:
     return problems
 
 
+def _bound(schema: dict, word: str) -> object:
+    """What a schema says of one of `BOUNDS`, None where it says nothing."""
+    bound = schema.get(word)
+    if isinstance(bound, bool) and word.startswith("exclusive"):  # as OpenAPI 3.0 has it
+        bound = schema.get(word.replace("exclusiveM", "m")) if bound else None
+    return bound
+
+
 def _kinds(schema: dict) -> list[str]:
     kinds = schema.get("type", [])
     return [kinds] if isinstance(kinds, str) else kinds
 
 
-def _expected(value: object, schema: dict, where: str) -> str:
+def _expected(value: object, what: str, where: str) -> str:
     text = dump_json(value)
     text = text if len(text) <= 60 else f"{text[:60]}…"
-    return f"{where or 'arguments'}: expected {_describe(schema)}, got {text}"
+    return f"{where or 'arguments'}: expected {what}, got {text}"
 
 
 def _describe(schema: dict) -> str:
@@ -311,9 +353,11 @@ def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | No
     and their like as the nearest that JSON has); of what is longer than `budget` characters the
     model sees both ends (`shorten`). Nothing raises: an unknown tool, bad arguments, an exception,
     a result that JSON cannot hold and a function that takes longer than `timeout` seconds (None: no
-    limit) are errors that the model can read and mend. Python cannot stop a running thread: a
-    function that has run out of time goes on in a daemon thread until it returns or the program
-    ends.
+    limit) are errors that the model can read and mend. A function that has run out of time, or
+    whose caller is interrupted, is told to end by a SystemExit in its own thread. Python sees to
+    that between two steps of its own: a loop ends at once, what sleeps or waits for the network
+    when it has waited. To end that as well would take a process for each call, which would share
+    nothing with the rest of the program.
     """
     done: dict[str, str] = {}
 
@@ -335,8 +379,14 @@ def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | No
     else:
         thread = threading.Thread(target=work, daemon=True, name=f"tool {call.name}")
         thread.start()
-        thread.join(timeout)
-        if thread.is_alive():
+        try:
+            thread.join(timeout)
+        finally:
+            late = thread.is_alive()
+            if late:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+        if late:
             error = f"{call.name} took longer than {timeout:g} seconds"
     text = _error(error) if error else done["text"]
     text = text.encode(errors="replace").decode()  # a tokenizer takes no half surrogate pair

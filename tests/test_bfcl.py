@@ -103,6 +103,13 @@ def test_the_category_is_in_the_id(tmp_path, id, category, accepted):
     assert (question.category, question.accepted) == (category, accepted)
 
 
+def test_no_tool_may_be_offered(tmp_path):
+    """As in a few rows of live_irrelevance."""
+    data = write(tmp_path / "q.jsonl", [row("live_irrelevance_1-0-0", function=[])])
+    question, = read_questions(data)
+    assert question.tools == question.conversation.tools == question.accepted == ()
+
+
 @pytest.mark.parametrize("bad, told", [
     (row("multi_turn_base_0"), "multi_turn_base_0 is scored over several turns"),
     (row("memory_kv_3"), "leave this file out"),
@@ -114,7 +121,7 @@ def test_the_category_is_in_the_id(tmp_path, id, category, accepted):
     (row("simple_0", question=[{"role": "user", "content": "A?"}]), "list of one list of messages"),
     (row("simple_0", question=[[{"role": "tool", "content": "A?"}]]), "with role and content"),
     (row("simple_0", question=[[{"role": "user"}]]), "with role and content"),
-    (row("simple_0", function=[]), "function is missing or not a list"),
+    (row("simple_0", function={}), "function is missing or not a list"),
     (row("simple_0", question=[[]]), "with role and content"),
     (row("simple_0", function=["f"]), r"function\[0\] is not an object with name"),
     (row("simple_0", function=[FUNCTION, {"name": "f"}]), r"function\[1\] is not an object"),

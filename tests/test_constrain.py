@@ -86,6 +86,12 @@ def value(**schema):
     return {"properties": {"v": schema}, "required": ["v"]}
 
 
+MERGED = value(allOf=[{"$ref": "#/$defs/a"}, {"required": ["c"]}]) | {"$defs": {
+    "a": {"$ref": "#/$defs/b"},
+    "b": {"type": "object", "allOf": [{"properties": {"b": {"type": "null"}}}, {"required": ["b"]},
+                                      {"properties": {"c": {"type": "integer"}}}]}}}
+
+
 @pytest.mark.parametrize(("schema", "arguments", "rest"), [
     (CITY, '{"city": "Paris"}', ""),
     (CITY, '{"city": "Paris", "days": 3}', ""),
@@ -131,6 +137,8 @@ def value(**schema):
     (value(type="object", **CITY), '{"v": {"city": "x", "days": 1}}', ""),
     (value(allOf=[{"$ref": "#/$defs/a"}, {"required": ["b"]}]) | {"$defs": {"a": {
         "type": "object", "properties": {"b": {"type": "null"}}}}}, '{"v": {}}', "}}"),
+    (MERGED, '{"v": {"b": null}}', "}}"),
+    (MERGED, '{"v": {"b": null, "c": 1}}', ""),
     (value(), '{"v": {"any": ["thing", {"at": "all"}]}}', ""),
     (value(type="dict", properties={"a": {"type": "float"}}), '{"v": {"a": 1.5}}', ""),
     (value(**{"$ref": "#/nowhere"}), '{"v": 1}', ""),
@@ -283,9 +291,11 @@ def objects(schemas):
 schemas = st.recursive(
     st.sampled_from([{"type": "string"}, {"type": "integer"}, {"type": "number"}, {"type": "null"},
                      {"type": "boolean"}, {"type": ["string", "null"]}, {}, {"type": "array"},
-                     {"type": "object"}])
+                     {"type": "object"}, {"type": "integer", "minimum": -3, "maximum": 120}])
     | st.lists(scalars, min_size=1, max_size=4, unique_by=unique).map(lambda v: {"enum": v}),
     lambda inner: (inner.map(lambda items: {"type": "array", "items": items}) | objects(inner)
+                   | inner.map(lambda items: {"type": "array", "items": items, "minItems": 1,
+                                              "maxItems": 2})
                    | st.lists(inner, min_size=1, max_size=2).map(lambda each: {"anyOf": each})),
     max_leaves=5)
 tools = st.lists(objects(schemas), min_size=1, max_size=2).map(
@@ -302,7 +312,8 @@ def fitting(schema, draw, depth=0):
     kind = draw(st.sampled_from([kinds] if isinstance(kinds, str) else kinds))
     if kind == "array":
         items = schema.get("items", {"type": "integer"})
-        return [fitting(items, draw, depth + 1) for _ in range(draw(st.integers(0, 2)))]
+        size = draw(st.integers(schema.get("minItems", 0), 2))
+        return [fitting(items, draw, depth + 1) for _ in range(size)]
     if kind == "object":
         known = schema.get("properties", {})
         chosen = {key: item for key, item in known.items()
@@ -313,6 +324,8 @@ def fitting(schema, draw, depth=0):
             chosen |= {key: more for key in ("zz", "cityx", "a1") if draw(st.booleans())}
         order = draw(st.permutations(list(chosen)))
         return {key: fitting(chosen[key], draw, depth + 1) for key in order}
+    if "minimum" in schema:
+        return draw(st.integers(schema["minimum"], schema["maximum"]))
     return draw(scalars.filter(lambda value: not check_arguments(
         tool("f", properties={"v": {"type": kind}}), {"v": value})))
 
@@ -398,9 +411,11 @@ def test_a_piece_is_allowed_if_its_bytes_are(dialect, offered, seed):
     pieces = rng.sample(sorted(words.texts), 60)
     for _ in range(rng.randrange(25)):
         constraint.take(rng.choice(allowed(constraint)))
+        some = set(allowed(constraint))
+        if not some:  # the last was a stop id
+            break
         if rng.random() < 0.8:
             continue
-        some = set(allowed(constraint))
         fit = {i for i in pieces
                if refused(copy.copy(constraint), by_byte(words, words.texts[i])) is None}
         assert fit == some & set(pieces)
@@ -414,8 +429,8 @@ def talkative(words, dialect):
     model.embed_tokens.weight.mul_(0.2)
     opening, logits = words.tokenizer.token_id(OPENING[dialect]), model.logits
 
-    def bent(hidden):
-        out = logits(hidden)
+    def bent(hidden, **more):
+        out = logits(hidden, **more)
         out[..., opening] += 100
         return out
 

@@ -1,7 +1,11 @@
 """A model's replies are judged, and counted by category, by problem, and in pairs."""
 
+import itertools
 import json
+import math
 import re
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +30,7 @@ from minilora.evaluate import (
     check_calls,
     check_reply,
     evaluate,
+    mean_interval,
 )
 from minilora.generate import generate
 from minilora.lora import adapted, attach
@@ -48,6 +53,38 @@ def test_wilsons_interval_holds_the_rates_that_the_share_does_not_contradict(rig
 def test_a_share_in_words():
     assert str(Share(19, 20)) == "0.950 (19/20, 95 % 0.764 to 0.991)"
     assert (Share(0, 0).value, Share(0, 0).interval, str(Share(0, 0))) == (None, (0, 1), "none")
+
+
+def test_the_interval_of_a_mean_is_that_of_one_category_and_narrows_with_more():
+    def interval(*shares):
+        report = Report(tuple(case(ok, str(name)) for name, (right, total) in enumerate(shares)
+                              for ok in [True] * right + [False] * (total - right)))
+        low, high = report.mean_interval
+        assert 0 <= low <= report.mean <= high <= 1
+        assert json.loads(json.dumps(report.summary()))["mean_of_categories_95"] == [low, high]
+        return low, high
+
+    for share in ((0, 10), (3, 10), (10, 10), (95, 100)):
+        assert interval(share) == pytest.approx(Share(*share).interval)
+    assert Report(()).mean_interval == (0, 1)
+    widths = [high - low for low, high in (interval((5, 10)), interval((5, 10), (5, 10)),
+                                           interval(*[(5, 10)] * 4), interval(*[(50, 100)] * 4))]
+    assert widths[0] / 2 ** 0.5 == pytest.approx(widths[1]) and widths == sorted(widths)[::-1]
+    assert widths[0] / 2 == pytest.approx(widths[2])
+    low, high = interval((0, 1000), (5, 10))  # the few questions tell the width
+    assert high - low == pytest.approx(widths[0] / 2, abs=0.01)
+
+
+@pytest.mark.parametrize("rates", [(0.5, 0.5), (0.9, 0.3), (0.99, 0.6), (0.8, 0.95)])
+def test_the_interval_of_a_mean_holds_it_95_times_in_100(rates):
+    """Counted over all that two categories of 20 and 40 questions may come to."""
+    totals, held = (20, 40), 0.0
+    for counts in itertools.product(*(range(total + 1) for total in totals)):
+        chance = math.prod(math.comb(total, right) * rate ** right * (1 - rate) ** (total - right)
+                           for total, right, rate in zip(totals, counts, rates, strict=True))
+        low, high = mean_interval([Share(*each) for each in zip(counts, totals, strict=True)])
+        held += chance * (low <= sum(rates) / 2 <= high)
+    assert 0.93 < held < 0.98
 
 
 # --- a model's replies ----------------------------------------------------------------------------
@@ -169,10 +206,35 @@ def test_tools_are_checked_as_written_and_constrained_as_shown(monkeypatch, toke
     assert check_reply(called(ToolCall("f", {"x": ""})), question, "hermes").ok
     given = []
     monkeypatch.setattr("minilora.evaluate.Constraint", lambda words, tools, dialect:
-                        given.append(tools))
+                        given.append(tools) or SimpleNamespace(loose={}))
     monkeypatch.setattr("minilora.evaluate.generate", lambda *arguments: [[]])
     evaluate(tiny_model(), tokenizer, [question], config=GenerateConfig(constrained=True))
-    assert given == [SAID[0][0].tools]
+    assert given[-1] == SAID[0][0].tools
+
+
+def test_what_constrained_calls_are_not_held_to_is_told_before_the_first_reply(
+        monkeypatch, tokenizer, capsys):
+    def question(name, **schema):
+        tool = {"name": name, "parameters": {"properties": {"x": schema}}}
+        return replace(ask([SAID[0][0]])[0], conversation=replace(SAID[0][0], tools=(tool,)))
+
+    def notes(*questions, constrained=True):
+        evaluate(tiny_model(), tokenizer, questions, config=GenerateConfig(
+            max_new=2, constrained=constrained))
+        return capsys.readouterr().err
+
+    monkeypatch.setattr("minilora.evaluate.generate",
+                        lambda model, prompts, *_: [[]] * len(prompts))
+    held = question("f", type="integer", minimum=1)
+    loose = [question(name, type="string", pattern="a", maxLength=3) for name in ("g", "h", "h")]
+    assert notes(held) == "" and notes(*loose, constrained=False) == ""
+    told = "note: calls are held to the tools' schemas, but not to maxLength, pattern of g"
+    assert notes(held, loose[0]) == told + "\n"
+    assert notes(*loose) == told + " and the like in 1 more\n"
+    monkeypatch.setattr("minilora.evaluate.generate", None)  # is not reached
+    with pytest.raises(UserError, match="tool f: no arguments fit its schema"):
+        notes(replace(held, conversation=replace(held.conversation, tools=(
+            {"name": "f", "parameters": {"properties": {"x": {"enum": []}}, "required": ["x"]}},))))
 
 
 def test_a_case_as_json(monkeypatch, tokenizer):
@@ -306,9 +368,9 @@ def test_constrained_calls_are_never_malformed(monkeypatch):
     noise, call = torch.randn(model.embed_tokens.num_embeddings), tokenizer.token_id("<tool_call>")
     logits, new = model.logits, []
 
-    def calling(hidden):
+    def calling(hidden, **more):
         new.append(None)
-        found = logits(hidden) + 9 * noise
+        found = logits(hidden, **more) + 9 * noise
         found[..., call] = 1e4 if len(new) == 1 else -1e4
         return found
 
@@ -354,6 +416,22 @@ def test_before_and_after_in_one_command(tmp_path, capsys):
     main(["eval", "--max-new", "3", "--before", *map(str, asked)])
     table = capsys.readouterr().out
     assert "no call" in table and "p = 1" in table and "before" in table
+
+
+def test_a_base_without_the_dialects_tokens_is_measured_as_training_starts(tmp_path, capsys):
+    (tmp_path / "own.jsonl").write_text(json.dumps({"tools": [TOOL], "messages": [
+        {"role": "user", "content": "Question"}, {"role": "assistant", "content": "Hello."}]}))
+    main(["eval", "--max-new", "3", "--data", str(tmp_path / "own.jsonl")])
+    out, error = capsys.readouterr()
+    assert "note: nano has no tokens for hermes tool calls, so they get rows" in error
+    assert "mean     1.000 (95 % 0.207 to 1.000) over the categories" in out
+    model, tokenizer = load_model(NANO, torch.float32), Tokenizer.load(NANO)
+    attach(model, LoraConfig(rank=2))
+    add_dialect(model, tokenizer, "hermes", "append")
+    save_adapter(model, tokenizer, tmp_path / "run/adapter", "nano", "hermes")
+    with pytest.raises(UserError, match="run has no tokens for mistral tool calls; leave"):
+        main(["eval", "--adapter", str(tmp_path / "run"), "--dialect", "mistral", "--data",
+              str(tmp_path / "own.jsonl")])
 
 
 def test_before_needs_an_adapter():

@@ -41,6 +41,13 @@ def tokenizer(tmp_path_factory) -> Tokenizer:
     return tokenizer
 
 
+def load_infer():
+    spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
+    infer = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(infer)
+    return infer
+
+
 @pytest.fixture
 def chat(tokenizer, tmp_path, monkeypatch, capsys):
     """Runs infer.py with lines of a person and replies of a model: (stdout, stderr, prompts)."""
@@ -49,9 +56,7 @@ def chat(tokenizer, tmp_path, monkeypatch, capsys):
 
     def run(questions: list[str], replies: list[str], *flags: str, context: int = 4000,
             dialect: str = "hermes"):
-        spec = importlib.util.spec_from_file_location("infer", ROOT / "infer.py")
-        infer = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(infer)
+        infer = load_infer()
         said, prompts = iter(replies), []
         tags = "|".join(map(re.escape, DIALECTS[dialect].tokens))
 
@@ -64,10 +69,12 @@ def chat(tokenizer, tmp_path, monkeypatch, capsys):
             text = next(said)
             if text == "!":
                 raise UserError("broken")
-            parts = re.split(f"({tags})", text)
+            parts = re.split(f"({tags})", text.removesuffix("^C"))
             ids = [i for part in parts for i in (
                 [tokenizer.token_id(part)] if re.fullmatch(tags, part) else tokenizer.encode(part))]
             yield from ids[:min(config.max_new, context - len(prompt))]
+            if text.endswith("^C"):
+                raise KeyboardInterrupt
 
         model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
         monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, dialect))
@@ -218,3 +225,63 @@ def test_a_reply_that_may_have_been_cut_says_so(chat):
     out, _, _ = chat(["One?"], ["word " * 40], "--max-new", "20")
     assert "(the reply has reached 20 tokens and may be cut; --max-new allows more)\n" in out
     assert "cut" not in chat(["One?"], ["word"], "--max-new", "20")[0]
+    out, _, _ = chat(["One?"], ["word " * 400], "--max-new", "400", context=400)
+    assert re.search(r"\d+ tokens and may be cut; the model's context of 400 has no room", out)
+
+
+@pytest.mark.parametrize("flags", [(), ("--constrained",)])
+def test_a_call_that_ends_with_the_last_token_is_not_cut(chat, tokenizer, flags):
+    """A constraint has it end there, so it may be shorter than was meant."""
+    size = len(tokenizer.encode(CALL.split(">")[1].split("</")[0])) + 2
+    out, _, _ = chat(["Rain?"], [CALL, "Yes."], "--max-new", str(size), *flags)
+    assert 'weather(city="Ur")' in out and "may be cut" not in out
+    assert (f"(the reply has reached {size} tokens and had to end its call there, which may hold "
+            "less than was meant; --max-new allows more)\n" in out) is bool(flags)
+    out, _, _ = chat(["Rain?"], [CALL, "Yes."], "--max-new", str(size - 1))
+    assert f"the reply has reached {size - 1} tokens and may be cut" in out
+
+
+# --- interrupted ----------------------------------------------------------------------------------
+
+def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(chat, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+
+    def questions():
+        yield from ("One?", "Two?", "Three?", "Four?")
+        raise KeyboardInterrupt
+
+    replies = ["Yes, 1.", CALL, "It ra^C", "<think>\nHm^C", "Yes, 4."]
+    out, error, prompts = chat(questions(), replies, "--transcript", "chat.jsonl")
+    stopped = "(stopped; the question and what came of it are left out)\n"
+    assert out == ('Yes, 1.\n→ weather(city="Ur")\n← rain in Ur\nIt ra\n' + stopped
+                   + "Hm\n" + stopped + "Yes, 4.\n")
+    assert "One?" in prompts[-1] and "Two?" not in prompts[-1] and "Three?" not in prompts[-1]
+    assert [message.content for message in read_conversations("chat.jsonl")[0].messages] == [
+        "One?", "Yes, 1.", "Four?", "Yes, 4."]
+    out, _, _ = chat(["One?", "Two?"], ["Ye^C", "No."], "--json")
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["stopped", "answer", "end"]
+
+
+@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
+def test_the_lines_of_a_chat_end_with_either_key(monkeypatch, end):
+    said = iter(["One?", " ", "Two?"])
+
+    def ask(prompt):
+        assert prompt == "> "
+        text = next(said, None)
+        if text is None:
+            raise end
+        return text
+
+    monkeypatch.setattr("builtins.input", ask)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert list(load_infer().lines()) == ["One?", "Two?"]
+
+
+def test_ctrl_c_ends_all_where_nobody_is_at_the_prompt(chat, monkeypatch):
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    out, _, prompts = chat(["One?", "Two?"], ["Ye^C", "No."])
+    assert out == "Ye\n" and len(prompts) == 1
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    with pytest.raises(KeyboardInterrupt):
+        chat([], ["Ye^C"], "One?")

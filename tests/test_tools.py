@@ -257,6 +257,39 @@ def test_nested_objects_of_a_foreign_schema():
                                                               "(known: none)"]
 
 
+@pytest.mark.parametrize("schema, good, bad, expected", [
+    ({"type": "integer", "minimum": 1}, [1, 9], [0, -5], "at least 1"),
+    ({"type": "number", "maximum": 1.5}, [1, 1.5], [1.6, 2], "at most 1.5"),
+    ({"type": "number", "exclusiveMinimum": 0}, [0.1, 1], [0, -1], "more than 0"),
+    ({"exclusiveMaximum": 0}, [-1, "text", True, None], [0, 0.5], "less than 0"),
+    ({"minimum": 3, "exclusiveMinimum": True}, [4, 3.5], [3], "more than 3"),  # OpenAPI 3.0
+    ({"maximum": 3, "exclusiveMaximum": False}, [3], [4], "at most 3"),
+    ({"multipleOf": 0.1}, [0.3, 2, 0, -0.7], [0.25], "a multiple of 0.1"),
+    ({"type": "string", "minLength": 2}, ["éé", "abc"], ["", "😀"], "at least 2 characters"),
+    ({"maxLength": 1}, ["", "😀", ["a", "b"]], ["ab"], "at most 1 characters"),
+    ({"pattern": "^[A-Z]{2}$"}, ["AB"], ["A", "ABC", "ab"], "text that matches ^[A-Z]{2}$"),
+    ({"type": "array", "minItems": 1}, [[0], [1, 2]], [[]], "at least 1 items"),
+    ({"maxItems": 1}, [[], [1], "ab"], [[1, 2]], "at most 1 items"),
+    ({"uniqueItems": True}, [[], [1, "1"]], [[1, 1], [{"a": 1}, {"a": 1}]], "items that differ"),
+    ({"uniqueItems": False}, [[1, 1]], [], ""),
+    ({"minProperties": 1}, [{"a": 1}], [{}], "at least 1 keys"),
+    ({"maxProperties": 1}, [{}, {"a": 1}], [{"a": 1, "b": 2}], "at most 1 keys"),
+])
+def test_what_narrows_a_type_is_checked(schema, good, bad, expected):
+    schema = {"name": "f", "parameters": {"properties": {"x": {"type": "array", "items": schema}}}}
+    assert check_arguments(schema, {"x": good}) == []
+    assert check_arguments(schema, {"x": bad}) == [
+        f"x[{place}]: expected {expected}, got {json.dumps(value, ensure_ascii=False)}"
+        for place, value in enumerate(bad)]
+
+
+@pytest.mark.parametrize("schema, value", [({"minimum": "1"}, 1), ({"multipleOf": 0}, 1),
+                                           ({"pattern": "("}, "x"), ({"maxItems": "2"}, [])])
+def test_a_bound_that_is_none_is_told(schema, value):
+    with pytest.raises(UserError, match=f"the schema of x has {next(iter(schema))} .*, which"):
+        check_arguments({"name": "f", "parameters": {"properties": {"x": schema}}}, {"x": value})
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=3), inner,
@@ -405,21 +438,77 @@ def test_a_bad_call_never_reaches_the_function():
     assert reached == [1]
 
 
-def test_a_function_that_takes_too_long_is_left_behind():
-    gate, ended = threading.Event(), threading.Event()
+@pytest.fixture
+def impatient(monkeypatch):
+    """Time runs out as soon as a tool has set `began`. Gives the threads that were waited for."""
+    threads, join = [], threading.Thread.join
+
+    def give_up(thread, timeout=None):
+        threads.append(thread)
+        assert began.wait(10) and thread.daemon  # so that it does not keep the program from ending
+        began.clear()
+        if timeout is None:
+            raise KeyboardInterrupt
+
+    began = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "join", give_up)
+        yield threads, began, lambda thread: join(thread, 10)
+
+
+def test_a_function_that_takes_too_long_is_told_to_end(impatient):
+    (threads, began, join), gate, went_on = impatient, threading.Event(), []
+
+    def wait():
+        began.set()
+        gate.wait()
+        went_on.append("wait")
+
+    def loop():
+        began.set()
+        while True:
+            try:
+                while True:
+                    pass
+            except Exception:  # a tool that shrugs off what goes wrong ends, too
+                went_on.append("loop")
+
+    late = '{"error": "wait took longer than 3 seconds"}'
+    assert run(wait, timeout=3) == late
+    _, events, _ = talk([hermes("wait"), "Too slow."], [wait], timeout=3)
+    assert events[1].text == late
+    run(loop, timeout=3)
+    join(threads[2])
+    assert [thread.is_alive() for thread in threads] == [True, True, False]
+    gate.set()  # what waits ends when it has waited
+    for thread in threads:
+        join(thread)
+        assert not thread.is_alive()
+    assert went_on == []
+
+
+def test_a_function_whose_caller_is_interrupted_is_told_to_end(impatient):
+    threads, began, join = impatient
+
+    def loop():
+        began.set()
+        while True:
+            pass
+
+    with pytest.raises(KeyboardInterrupt):
+        run(loop, timeout=None)
+    join(threads[0])
+    assert not threads[0].is_alive()
+
+
+def test_a_function_that_takes_too_long_in_true_time():
+    gate = threading.Event()
 
     def wait():
         gate.wait()
-        if threading.current_thread().daemon:  # it does not keep the program from ending
-            ended.set()
-        return "late"
 
-    late = '{"error": "wait took longer than 0.01 seconds"}'
-    assert run(wait, timeout=0.01) == late
-    _, events, _ = talk([hermes("wait"), "Too slow."], [wait], timeout=0.01)
-    assert events[1].text == late
+    assert run(wait, timeout=0.01) == '{"error": "wait took longer than 0.01 seconds"}'
     gate.set()
-    assert ended.wait(10)  # it was not stopped: Python cannot
 
 
 def test_a_long_result_is_cut_and_says_so():
