@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minilora.linear import linear
+
 
 class TokenEmbedding(nn.Module):
     """The table [V, D] and, once tokens are added, their rows [n, D] with their ids."""
@@ -23,6 +25,7 @@ class TokenEmbedding(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))  # [V, D]
         self.rows: nn.Parameter | None = None                             # [n, D] float32
         self.row_ids: Tensor | None = None                                # [n] int64
+        self.reserved = False  # whether the rows take over ids of the table
 
     @property
     def num_embeddings(self) -> int:
@@ -33,11 +36,6 @@ class TokenEmbedding(nn.Module):
     def appended(self) -> int:
         """How many rows come after the table; 0 where the rows are reserved slots inside it."""
         return 0 if self.rows is None or self.reserved else len(self.rows)
-
-    @property
-    def reserved(self) -> bool:
-        """Whether the rows take over ids of the table."""
-        return self.row_ids is not None and bool(self.row_ids[0] < len(self.weight))
 
     def add_rows(self, ids: list[int], values: Tensor) -> None:
         """Makes `ids` trainable, starting from `values` [n, D].
@@ -57,6 +55,7 @@ class TokenEmbedding(nn.Module):
         device = self.weight.device
         self.rows = nn.Parameter(values.detach().to(device, torch.float32, copy=True))
         self.row_ids = torch.tensor(ids, device=device)
+        self.reserved = inside
         self.merged, self.base = False, None
 
     @torch.no_grad()
@@ -86,10 +85,10 @@ class TokenEmbedding(nn.Module):
 
     def decode(self, hidden: Tensor) -> Tensor:
         """hidden [.., D] → logits [.., V'] before any soft-cap, in hidden's dtype."""
-        logits = F.linear(hidden, self.weight)                                  # [.., V]
+        logits = linear(hidden, self.weight)                                    # [.., V]
         if self.rows is None:
             return logits
-        new = F.linear(hidden, self.rows.to(hidden.dtype))                      # [.., n]
+        new = linear(hidden, self.rows.to(hidden.dtype))                        # [.., n]
         if self.appended:
             return torch.cat([logits, new], -1)                                 # [.., V + n]
         return logits.index_copy(-1, self.row_ids, new)                         # [.., V]

@@ -21,7 +21,7 @@ r"""LoRA: leave W as it is, and learn a low-rank change beside it.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", arXiv:2106.09685, section 4.1.
 With g = ∂L/∂y the gradients are, for one token, ∂L/∂B = s · gᵀ (x Aᵀ) and ∂L/∂A = s · (g B)ᵀ x;
-`tests/test_gradients.py` holds them to it. Its variants, which may be combined:
+`_Adapted` writes them out. Its variants, which may be combined:
 
     rsLoRA   s = α / √r, so that large ranks learn as fast        Kalajdzievski 2023, 2312.03732
     PiSSA    A and B start as W's r largest singular triples,      Meng et al. 2024, 2404.02948
@@ -41,8 +41,11 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from minilora.config import LoraConfig, UserError
+from minilora.files import BLOCK
+from minilora.linear import linear, product
 
 
 class LoRALinear(nn.Module):
@@ -88,23 +91,25 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [.., in] → [.., out], in x's dtype."""
-        y = F.linear(x, self.weight)                                                # [.., out]
         if self.merged:
-            return y
-        low = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.to(x.dtype))
-        change = F.linear(low, self.lora_B.to(x.dtype))                             # [.., out]
-        if self.lora_start_A is not None:
-            start = F.linear(x, self.lora_start_A.to(x.dtype))                      # [.., r]
-            change = change - F.linear(start, self.lora_start_B.to(x.dtype))
-        y = torch.add(y, change, alpha=self.scaling)
+            return linear(x, self.weight)
+        dropped = F.dropout(x, self.dropout, self.training)
+        A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+        if self.lora_start_A is None:
+            y = _adapted(x, dropped, self.weight, A, B, self.scaling)               # [.., out]
+        else:  # the difference comes first, so that it is exactly zero at the start
+            start = linear(x, self.lora_start_A.to(x.dtype))                        # [.., r]
+            change = (linear(linear(dropped, A), B)
+                      - linear(start, self.lora_start_B.to(x.dtype)))               # [.., out]
+            y = torch.add(linear(x, self.weight), change, alpha=self.scaling)
         if self.lora_magnitude is None:
             return y
         return y * (self.lora_magnitude / self._norm()).to(y.dtype)
 
-    def _sum(self) -> Tensor:
-        """W + ΔW [out, in], in float32 or wider."""
+    def _sum(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of W + ΔW [.., in], in float32 or wider."""
         A, B = self.pair()
-        return self.weight.to(A.dtype) + self.scaling * (B @ A)
+        return torch.addmm(self.weight[rows].to(A.dtype), B[rows], A, alpha=self.scaling)
 
     @torch.no_grad()
     def _norm(self) -> Tensor:
@@ -132,22 +137,20 @@ class LoRALinear(nn.Module):
         return (root[:, None] * Vt[:self.rank]).contiguous(), U[:, :self.rank] * root
 
     @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W' [out, in], made in float32 and rounded once to W's dtype."""
-        merged = self._sum()
+    def merged_weight(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of W' [.., in], made in float32 and rounded once to W's dtype."""
+        merged = self._sum(rows)
         if self.lora_magnitude is not None:
-            merged *= (self.lora_magnitude / self._norm())[:, None]
+            norm = torch.linalg.vector_norm(merged, dim=1, keepdim=True)        # [.., 1]
+            merged *= self.lora_magnitude[rows, None] / norm
         return merged.to(self.weight.dtype)
 
     @torch.no_grad()
     def merge(self, undo: bool = False) -> None:
-        """W ← W'. Raises UserError where W's dtype cannot hold that."""
-        merged = self.merged_weight()
-        if not torch.isfinite(merged).all():
-            raise UserError(f"W + BA overflows {self.weight.dtype}; load the base in bfloat16 or "
-                            "float32 before merging")
+        """W ← W', some rows at a time."""
         self.base = self.weight.clone() if undo else None
-        self.weight.copy_(merged)
+        for rows in row_blocks(self.weight):
+            self.weight[rows] = self.merged_weight(rows)
         self._mark(merged=True)
 
     @torch.no_grad()
@@ -168,6 +171,56 @@ class LoRALinear(nn.Module):
         out_features, in_features = self.weight.shape
         return f"{in_features} → {out_features}, rank={self.rank}, scaling={self.scaling:g}" + (
             ", DoRA" if self.lora_magnitude is not None else "")
+
+
+def _adapted(x: Tensor, dropped: Tensor, weight: Tensor, A: Tensor, B: Tensor,
+             scale: float) -> Tensor:
+    """x Wᵀ + s · (d Aᵀ) Bᵀ [.., out], d [.., in] being x after dropout."""
+    if torch.compiler.is_compiling():  # the compiler finds products and sums to fuse by itself
+        return F.linear(x, weight) + scale * F.linear(F.linear(dropped, A), B)
+    return _Adapted.apply(x, dropped, weight, A, B, scale)
+
+
+class _Adapted(torch.autograd.Function):
+    """LoRA's forward and backward: all products of a step but attention's and the vocabulary's.
+
+        y = x Wᵀ + l Bᵀ       l = s · d Aᵀ                                          [.., r]
+        dB = gᵀ l             dl = s · g B             dA = dlᵀ d
+        dx = g W              dd = dl A                (without dropout d is x: dx = g W + dl A)
+
+    W is frozen. What is added goes into the product that it is added to, and makes no other pass.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, dropped: Tensor, weight: Tensor, A: Tensor, B: Tensor,
+                scale: float) -> Tensor:
+        """x, dropped [.., in] → [.., out]."""
+        low = product(dropped, A) * scale                                           # [.., r]
+        ctx.save_for_backward(dropped, low, weight, A, B)
+        ctx.scale, ctx.same = scale, dropped is x
+        return product(low, B, product(x, weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [.., out] → gradients of x, dropped, A, B."""
+        dropped, low, weight, A, B = ctx.saved_tensors
+        d_low = product(grad, B.mT) * ctx.scale                                     # [.., r]
+        dA = _sum_of_products(d_low, dropped)                                       # [r, in]
+        dB = _sum_of_products(low, grad).mT                                         # [out, r]
+        dx = dd = None
+        if ctx.needs_input_grad[0]:
+            dx = product(grad, weight.mT)                                           # [.., in]
+            if ctx.same:
+                dx = product(d_low, A.mT, dx)
+            else:
+                dd = product(d_low, A.mT)
+        return dx, dd, None, dA, dB, None
+
+
+def _sum_of_products(a: Tensor, b: Tensor) -> Tensor:
+    """Σ aᵀ b over all tokens: a [.., r], b [.., n] → [r, n]."""
+    return product(a.flatten(0, -2).mT, b.flatten(0, -2).mT)
 
 
 def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
@@ -255,22 +308,38 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def row_blocks(tensor: Tensor) -> list[slice]:
+    """A tensor's rows in slices, each BLOCK bytes of float32: what is made of one stays small."""
+    step = max(1, BLOCK // (4 * math.prod(tensor.shape[1:])))
+    return [slice(start, start + step) for start in range(0, len(tensor), step)]
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether no number is NaN or Inf: several times as fast as `isfinite`, which makes masks."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())  # NaN is passed on by both
+
+
 @torch.no_grad()
 def merge(model: nn.Module, undo: bool = False) -> None:
     """Folds every adapter into its W, and every trained embedding row into its place.
 
     The sum is made in float32 and rounded once. `undo=True` keeps W's bytes (a second copy of the
     adapted weights) so that `unmerge` can put them back. Raises UserError, the model unchanged,
-    for a NaN or Inf in A, B, W or a row, and for a model that is merged or has nothing to merge.
+    for a NaN or Inf in A, B, W or a row, for a W' that W's dtype cannot hold, and for a model that
+    is merged or has nothing to merge. So every sum is made twice: to be looked at, and to be kept.
     """
     parts = _parts(model)
     for name, module in parts.items():
         if module.merged:
             raise UserError(f"{name} is merged already; merging twice would add BA twice")
         for key, tensor in module.named_parameters(recurse=False):
-            if not torch.isfinite(tensor).all():
+            if not all(is_finite(tensor[rows]) for rows in row_blocks(tensor)):
                 raise UserError(f"{name}.{key} holds NaN or Inf; not merged. Go back to an earlier "
                                 "checkpoint of the run")
+        if isinstance(module, LoRALinear) and not all(
+                is_finite(module.merged_weight(rows)) for rows in row_blocks(module.weight)):
+            raise UserError(f"{name}: W + BA overflows {module.weight.dtype}; load the base in "
+                            "bfloat16 or float32 before merging")
     for module in parts.values():
         module.merge(undo)
 

@@ -13,11 +13,13 @@ from conftest import tiny_model
 from torch import nn
 from torch.autograd import gradcheck
 
+from minilora import loss as loss_module
 from minilora.attention import attend, visible
 from minilora.config import LoraConfig
 from minilora.data import IGNORED
 from minilora.lora import LoRALinear, attach, trainable
 from minilora.loss import token_loss
+from minilora.model import RMSNorm
 
 WIDE = torch.float64
 
@@ -36,6 +38,12 @@ def lora_linear(rslora: bool = False, **variant) -> LoRALinear:
     return layer
 
 
+def _kept(shape: torch.Size, p: float) -> torch.Tensor:
+    """Factors of a dropout that drops the same numbers each time, in every dtype."""
+    keep = torch.rand(shape[-1], generator=torch.Generator().manual_seed(shape[-1])) >= p
+    return keep.float() / (1 - p)
+
+
 @pytest.mark.parametrize("rslora", [False, True])
 def test_closed_forms_of_dA_and_dB(rslora):
     """dB = s · gᵀ (x Aᵀ) and dA = s · (g B)ᵀ x, as the head of lora.py states them."""
@@ -49,10 +57,13 @@ def test_closed_forms_of_dA_and_dB(rslora):
 
 
 @pytest.mark.parametrize("variant", [{}, dict(rslora=True), dict(init="pissa"), dict(dora=True),
-                                     dict(dora=True, init="pissa")])
+                                     dict(dora=True, init="pissa"), dict(dropout=0.4),
+                                     dict(dropout=0.4, init="pissa")])
 def test_lora_linear_gradcheck(variant, monkeypatch):
     """DoRA's norm is held still here: no gradient flows through it (section 4.3 of its paper)."""
     layer = lora_linear(**variant)
+    if "dropout" in variant:
+        monkeypatch.setattr(F, "dropout", lambda x, p, training: x * _kept(x.shape, p))
     norm = layer._norm()
     monkeypatch.setattr(LoRALinear, "_norm", lambda self: norm)
     names = [name for name, _ in layer.named_parameters() if name != "weight"]
@@ -83,6 +94,17 @@ def test_the_gradient_of_pissa_is_that_of_lora():
     layer(x).backward(g)
     torch.testing.assert_close(layer.lora_B.grad, 1.5 * g.mT @ (x @ layer.lora_A.mT))
     torch.testing.assert_close(layer.lora_A.grad, 1.5 * (g @ layer.lora_B).mT @ x)
+
+
+def test_norm_gradcheck():
+    """Of x and of w, which base training could want, on rows of several dimensions."""
+    norm = RMSNorm(5, 0.1).to(WIDE)
+
+    def run(x, weight):
+        return torch.func.functional_call(norm, {"weight": weight}, (x,))
+
+    assert gradcheck(run, (draw(2, 3, 5, seed=1), draw(5, seed=2)))
+    assert gradcheck(lambda x: norm(x.mT), (draw(2, 5, 3, seed=1),))  # w frozen, x a view
 
 
 @pytest.mark.parametrize("window, documents, softcap, heads",
@@ -140,9 +162,10 @@ def with_parameters(model, names, loss):
 
 @pytest.mark.parametrize("mode", [None, "append", "reserved"])
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("chunk", [2, 100])
-def test_loss_gradcheck(mode, softcap, chunk):
-    """The chunked loss: hidden and rows, chunks that do not divide, capped and not."""
+@pytest.mark.parametrize("chunk, columns", [(2, 100), (100, 7)])
+def test_loss_gradcheck(mode, softcap, chunk, columns, monkeypatch):
+    """The chunked loss: hidden and rows, chunks and columns that do not divide, capped and not."""
+    monkeypatch.setattr("minilora.loss.COLUMNS", columns)
     model = wide_model(mode, final_logit_softcapping=softcap)
     last = model.embed_tokens.num_embeddings - 1
     labels = torch.tensor([[IGNORED, 5, IGNORED, 30, 7], [IGNORED, 39, 5, 2, last]])
@@ -157,9 +180,11 @@ def test_loss_gradcheck(mode, softcap, chunk):
         assert gradcheck(run, (draw(3, 12, seed=2),))
 
 
+@pytest.mark.parametrize("columns", [7, 100])
 @pytest.mark.parametrize("mode", [None, "append", "reserved"])
-def test_loss_is_cross_entropy_of_the_logits(mode):
+def test_loss_is_cross_entropy_of_the_logits(mode, columns, monkeypatch):
     """The same number and gradient as the plain way: all logits, float64, F.cross_entropy."""
+    monkeypatch.setattr("minilora.loss.COLUMNS", columns)
     model = wide_model(mode)
     hidden = draw(2, 6, 12, seed=1)
     labels = torch.randint(0, model.embed_tokens.num_embeddings, (2, 6))
@@ -169,10 +194,26 @@ def test_loss_is_cross_entropy_of_the_logits(mode):
                             ignore_index=IGNORED, reduction="sum")
     assert count == int((labels[:, 1:] != IGNORED).sum()) == 8
     torch.testing.assert_close(total, plain)
+    with torch.no_grad():
+        torch.testing.assert_close(token_loss(model, hidden, labels)[0], plain)
     watched = [hidden, *trainable(model).values()]
     for got, expected in zip(torch.autograd.grad(3.0 * total, watched),
                              torch.autograd.grad(3.0 * plain, watched), strict=True):
         torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_compiler_takes_what_is_done_to_logits_whole(softcap):
+    """On a GPU both are compiled: one graph without a break, and the same numbers."""
+    z, y, taken = draw(6, 9, scale=3.0).detach(), torch.arange(6)[:, None] - 1, torch.tensor([3])
+    total = z.logsumexp(-1, keepdim=True)
+    for function, last in ((loss_module._sums, True), (loss_module._gradient, total)):
+        whole = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for part in (None, taken):
+            kept = z.clone()
+            torch.testing.assert_close(whole(z, y, part, softcap, last),
+                                       function(z, y, part, softcap, last))
+            assert torch.equal(z, kept)
 
 
 def test_a_batch_with_nothing_to_train_stays_connected():
@@ -209,3 +250,22 @@ def test_whole_model_gradcheck(model_type, mode):
 
     values = tuple(parameters[name].detach().clone().requires_grad_() for name in names)
     assert gradcheck(with_parameters(model, names, loss), values, fast_mode=True)
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text"])
+def test_float32_takes_other_kernels_to_the_same_gradients(model_type, monkeypatch):
+    """oneDNN for every product, however small, against float64, where there is no oneDNN."""
+    gradients = {}
+    for dtype in (torch.float32, WIDE):
+        model = tiny_model(model_type, dtype=dtype)
+        attach(model, LoraConfig(rank=4, dropout=0.2))
+        for seed, parameter in enumerate(trainable(model).values()):
+            parameter.data = draw(*parameter.shape, seed=seed, scale=0.1).detach().to(dtype)
+        monkeypatch.setattr("minilora.linear.FEW", 0)
+        ids = torch.arange(2 * 20).view(2, 20) * 31 % 512
+        monkeypatch.setattr(F, "dropout", lambda x, p, training: x * _kept(x.shape, p))
+        token_loss(model, model.hidden_states(ids), ids)[0].backward()
+        gradients[dtype] = {name: p.grad for name, p in trainable(model).items()}
+    for name, exact in gradients[WIDE].items():
+        difference = (gradients[torch.float32][name] - exact).abs().max()
+        assert exact.any() and difference <= 1e-4 * exact.abs().max(), name
