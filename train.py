@@ -62,6 +62,7 @@ from minilora.trainer import (
     learning_rate,
     make_optimizer,
     plan_steps,
+    prepare,
     stream_batches,
     train_step,
     weight_bytes,
@@ -84,7 +85,7 @@ def main() -> None:
     base = sum(p.numel() for p in model.parameters())
     wrapped = attach(model, lora, config.seed)
     new_tokens = add_dialect(model, tokenizer, config.dialect, config.new_tokens)
-    model.recompute = config.recompute
+    prepare(model, config)
     trained = sum(p.numel() for p in trainable(model).values())
 
     # --- the data: conversations to tokens, which are kept on disk, and tokens to batches
@@ -113,6 +114,8 @@ def main() -> None:
                   + (f" × {config.accumulate}" if config.accumulate > 1 else "")),
         ("memory", f"{count(weight_bytes(model))}B for weights, adapters and optimizer; "
                    "activations come on top"),
+        *([("layers", "compiled in the first step, which takes a minute or so")]
+          if model.compiled else []),
         ("out", f"{out}"),
     ]))
 
@@ -132,7 +135,8 @@ def main() -> None:
             state |= {"before": report.calls.value, "no_tool_before": report.no_tool.value}
 
     # --- the loop
-    stream = stream_batches(examples, config, skip=state["step"] * config.accumulate)
+    stream = stream_batches(examples, config, skip=state["step"] * config.accumulate,
+                            fill=model.compiled)
     look = config.eval_every or max(1, steps // 10)
     stop = leave_on_interrupt()
     start, tokens, told = state["step"], 0, False

@@ -293,7 +293,12 @@ class TrainConfig:
     dtype: str = setting("auto", "of the base: auto is bfloat16 on a GPU, float32 on a CPU",
                          ("auto", "float32", "bfloat16"))
     device: str = setting("auto", "auto is the GPU where there is one; else cpu, cuda, cuda:1 …")
-    recompute: bool = setting(False, "recompute activations in backward: less memory, more time")
+    compile: str = setting("auto", "compile the layers: auto does on a GPU, where the first step "
+                           "then takes a minute and the others less", ("auto", "on", "off"))
+    recompute: str = setting("none", "what backward makes again rather than keep, for less memory "
+                             "and more time: cheap (norms and GELU), all (a layer at a time), or "
+                             "offload (all, and what is kept waits in the host's memory)",
+                             ("none", "cheap", "all", "offload"))
     train_on: str = setting("assistant", "what carries loss: assistant (all that the model writes),"
                             " tool_call, or kinds such as think,tool_call,end")
     dialect: str = setting("hermes", "how tools and calls are written",
@@ -395,6 +400,8 @@ def read_settings(path: str | Path, *classes: type) -> dict:
         if key not in fields:
             raise UserError(f"{path}: unknown setting {key!r}; known: {', '.join(fields)}")
         default, choices = fields[key].default, fields[key].metadata["choices"]
+        if key == "recompute" and isinstance(value, bool):  # as runs wrote it before it had steps
+            value = "all" if value else "none"
         if isinstance(default, tuple) and isinstance(value, list):
             value = tuple(value)
         if type(default) is float and type(value) is int:

@@ -3,12 +3,15 @@
     parameters  counted on a model without memory (PyTorch's meta device)
     weights     theirs, with gradient and AdamW's two moments for what is trained
     activations what autograd keeps of one layer for a token, times layers and tokens, and the
-                logits of one chunk of the loss
+                logits of one chunk of the loss. Where whole layers are made again, of all but one
+                only the input is kept, or nothing on a GPU whose host keeps it
     time        one layer of that shape, with random weights, is run forward and backward for about
                 a second on the device; times layers and tokens. The vocabulary's share is taken to
                 run at the same speed: 4·V·D FLOPs for each token that carries loss, against the
                 layer's 4 per parameter (2 forward, 2 backward; a frozen weight has no gradient of
-                its own, which would be 2 more)
+                its own, which would be 2 more, but a layer that is made again runs forward twice)
+
+The layer is not compiled for this. Compiled layers, on a GPU, keep less and are faster.
 """
 
 import dataclasses
@@ -20,6 +23,7 @@ from minilora.config import GemmaConfig, LoraConfig, TrainConfig
 from minilora.lora import attach, trainable
 from minilora.loss import CHUNK
 from minilora.model import Gemma
+from minilora.recompute import pack, unpack
 from minilora.trainer import weight_bytes
 
 LOOK = 0.5  # seconds that the last look at the layer shall take at least
@@ -40,7 +44,8 @@ def expect(shape: GemmaConfig, lora: LoraConfig, config: TrainConfig, new_tokens
            trained_share: float, device: torch.device, dtype: torch.dtype) -> Needs:
     """What a run with these settings needs on the device; `trained_share` of its tokens carry loss.
 
-    Takes a second or two. Raises UserError for LoRA settings that do not fit the model.
+    Takes a second or two, and on a GPU the time to compile its attention. Raises UserError for LoRA
+    settings that do not fit the model.
     """
     with torch.device("meta"):
         model = Gemma(shape).to(dtype)
@@ -51,15 +56,21 @@ def expect(shape: GemmaConfig, lora: LoraConfig, config: TrainConfig, new_tokens
     layers, tokens = shape.num_hidden_layers, config.batch * config.length
 
     layer = _one_layer(shape, lora, device, dtype)
-    kept = _kept_bytes(layer, min(64, config.length))
+    # On a GPU at once what is asked for: kernels are compiled for each shape, and run fast.
+    trial = (config.batch if device.type == "cuda" else 1,
+             config.length if device.type == "cuda" else min(64, config.length))
+    kept = _kept_bytes(layer, *trial, config.recompute == "cheap")
     activations = tokens * kept * layers + 3 * 4 * CHUNK * shape.vocab_size
-    seconds = _seconds_per_token(layer, config)
-    if config.recompute:  # each layer keeps its input, one at a time the rest; forward runs twice
+    again = config.recompute in ("all", "offload")  # one layer at a time
+    if again:
         width = shape.hidden_size * torch.finfo(dtype).bits // 8
+        if config.recompute == "offload" and device.type == "cuda":
+            width = 0
         activations -= tokens * (kept - width) * (layers - 1)
-        seconds *= 4 / 3
+    layer.recompute = config.recompute
+    seconds = _seconds_per_token(layer, *trial, config)
     weights = sum(p.numel() for p in layer.layers.parameters() if not p.requires_grad)
-    speed = 4 * weights / seconds  # FLOPs a second
+    speed = (6 if again else 4) * weights / seconds  # FLOPs a second
     head = 4 * shape.vocab_size * shape.hidden_size * trained_share / speed
     return Needs(parameters + (rows if config.new_tokens == "append" else 0), trained,
                  weight_bytes(model) + 16 * rows, int(activations),
@@ -87,24 +98,26 @@ def _forward(model: Gemma, rows: int, length: int) -> torch.Tensor:
     return model.hidden_states(ids, documents=torch.ones_like(ids))
 
 
-def _kept_bytes(model: Gemma, tokens: int) -> float:
+def _kept_bytes(model: Gemma, rows: int, length: int, cheap: bool) -> float:
     """Bytes that autograd keeps of the layer for one token, the parameters aside."""
     kept: dict[int, torch.Tensor] = {}  # by where their memory is
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other gets its place
-        return tensor
+    def keep(tensor: torch.Tensor) -> object:
+        less = pack(tensor) if cheap else tensor
+        if less is tensor:  # and it stays alive, so that no other gets its place
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return less
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        _forward(model, 1, tokens)
+    with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
+        _forward(model, rows, length)
     for parameter in model.parameters():
         kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / tokens
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (
+        rows * length)
 
 
-def _seconds_per_token(model: Gemma, config: TrainConfig) -> float:
+def _seconds_per_token(model: Gemma, rows: int, length: int, config: TrainConfig) -> float:
     """Of the layer, forward and backward: with more tokens each time, up to a batch or `LOOK`."""
-    rows, length = 1, min(64, config.length)
 
     def once() -> float:
         began = time.perf_counter()

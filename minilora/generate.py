@@ -8,14 +8,19 @@ Padding is a document of its own, which no token of the text sees, and positions
 first token of the text: a row writes what it would write alone. Only the last hidden state of a row
 meets the vocabulary.
 
+On a GPU a step is a thousand small kernels, which run faster than Python starts them. Its shapes
+are the same each time, so its layers are compiled, and it is recorded once and replayed.
+
 A reply may be held to what a `Constraint` (constrain.py) allows: it bars ids before each draw.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from minilora.attention import compiles
 from minilora.config import GenerateConfig, UserError
 from minilora.constrain import Constraint
 from minilora.model import Gemma, KVCache
@@ -76,6 +81,15 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     positions = positions.clamp(min=0).to(device)
 
     cache = KVCache(model.config, len(prompts), width + max(left) - 1, dtype, device)
+    cache.compiled = records(device) and compiles(device)
+
+    def read(ids: Tensor, positions: Tensor, documents: Tensor | None = None) -> Tensor:
+        """Reads more tokens of every row: ids [B, T] → logits [B, V'] after the last."""
+        hidden = model.hidden_states(ids, positions, documents, cache)       # [B, T, D]
+        return model.logits(hidden[:, -1], capped=not greedy(config))        # [B, V']
+
+    step = replayed(read, cache) if records(device) else read
+    bars = torch.tensor(list(barred), dtype=torch.int64, device=device)
     generator = torch.Generator(device).manual_seed(config.seed)
     rows = list(range(len(prompts)))  # the prompt that each row of the batch continues
     going = set(rows)
@@ -83,43 +97,105 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     model.eval()
     try:
         while going:
-            hidden = model.hidden_states(ids, positions, documents, cache)   # [B, T, D]
-            logits = model.logits(hidden[:, -1])                             # [B, V]
-            logits[:, list(barred)] = -torch.inf
+            logits = step(ids, positions) if cache.length else read(ids, positions, documents)
+            logits.index_fill_(1, bars, -torch.inf)                          # [B, V']
             for row, prompt in enumerate(rows if constraints else ()):
                 if prompt in going:
                     constraints[prompt].bar(logits[row], left[prompt])
             new = pick(logits, config, generator)                            # [B]
-            step: list[int | None] = [None] * len(prompts)
-            for prompt, drawn in zip(rows, new.tolist(), strict=True):
+            drawn: list[int | None] = [None] * len(prompts)
+            for prompt, each in zip(rows, new.tolist(), strict=True):
                 if prompt not in going:
                     continue
-                if drawn in stop_ids:
+                if each in stop_ids:
                     going.remove(prompt)
                     continue
                 if constraints:
-                    constraints[prompt].take(drawn)
-                step[prompt] = drawn
+                    constraints[prompt].take(each)
+                drawn[prompt] = each
                 left[prompt] -= 1
                 if not left[prompt]:
                     going.remove(prompt)
-            if any(drawn is not None for drawn in step):
-                yield step
-            ids, positions, documents = new[:, None], positions[:, -1:] + 1, None
+            if any(each is not None for each in drawn):
+                yield drawn
+            ids, positions = new[:, None], positions[:, -1:] + 1
             if going and 2 * len(going) <= len(rows):
                 # Rows that have ended leave, not one by one, because leaving copies the cache.
                 kept = [row for row, prompt in enumerate(rows) if prompt in going]
                 rows = [rows[row] for row in kept]
                 ids, positions = ids[kept], positions[kept]
                 cache.keep(kept)
+                step = replayed(read, cache) if records(device) else read
     finally:
         model.train(training)
+
+
+def records(device: torch.device) -> bool:
+    """Whether steps on a device are recorded and replayed."""
+    return device.type == "cuda"
+
+
+def replayed(step: Callable[[Tensor, Tensor], Tensor], cache: KVCache,
+             ) -> Callable[[Tensor, Tensor], Tensor]:
+    """`step(ids, positions)`, both [B, 1], recorded when it is called the second time.
+
+    The first time it runs as it is: what compiles or chooses kernels cannot be recorded. Where the
+    second fails it goes on so, with a warning.
+    """
+    inputs: tuple[Tensor, Tensor] | None = None  # a recording reads them where they are
+    replay: Callable[[], Tensor] | None = None
+
+    def plain() -> Tensor:
+        return step(*inputs)
+
+    def run(ids: Tensor, positions: Tensor) -> Tensor:
+        nonlocal inputs, replay
+        if inputs is None:
+            inputs = ids.clone(), positions.clone()
+            return plain()
+        for held, new in zip(inputs, (ids, positions), strict=True):
+            held.copy_(new)
+        if replay is None:
+            try:
+                replay = record(plain, cache)
+            except RuntimeError as error:
+                warnings.warn(f"steps of decoding are not recorded, and slower: {error}",
+                              stacklevel=2)
+                replay = plain
+        return replay()
+
+    return run
+
+
+def record(step: Callable[[], Tensor], cache: KVCache) -> Callable[[], Tensor]:
+    """Records a step as a CUDA graph, which runs nothing; returns what replays it.
+
+    Each replay's result lies where the last one's was.
+    """
+    graph, length = torch.cuda.CUDAGraph(), cache.length
+    try:
+        with torch.cuda.graph(graph):
+            out = step()
+    finally:
+        cache.length = length
+
+    def replay() -> Tensor:
+        graph.replay()
+        cache.length += 1
+        return out
+
+    return replay
+
+
+def greedy(config: GenerateConfig) -> bool:
+    """Whether the likeliest id is taken: at temperature 0 (below 1e-6 nothing else is left)."""
+    return config.temperature < 1e-6 or config.top_k == 1
 
 
 def pick(logits: Tensor, config: GenerateConfig, generator: torch.Generator) -> Tensor:
     """Draws one id a row from logits [B, V]; returns [B].
 
-    Temperature 0 (below 1e-6 nothing else is left) and top_k 1 take the likeliest. Otherwise
+    Temperature 0 and top_k 1 take the likeliest (`greedy`). Otherwise
     softmax(logits / temperature) is cut to the `top_k` likeliest ids, then to the nucleus: the
     fewest of these whose share reaches `top_p` (Holtzman et al. 2019, arXiv:1904.09751, section
     3.1), which is one id at least.
@@ -127,7 +203,7 @@ def pick(logits: Tensor, config: GenerateConfig, generator: torch.Generator) -> 
     if not logits.amax(-1).isfinite().all():
         raise UserError("the model's logits are not finite; its weights or adapter are broken, or "
                         "its dtype is too narrow (try --dtype float32)")
-    if config.temperature < 1e-6 or config.top_k == 1:
+    if greedy(config):
         return logits.argmax(-1)
     scaled = logits / config.temperature                                     # [B, V]
     if not config.top_k and config.top_p == 1:

@@ -16,14 +16,18 @@ transformers `modeling_gemma.py`, `modeling_gemma2.py` and `modeling_gemma3.py`,
 them in `tests/test_parity.py`. There is no mention of LoRA here: it takes the place of linears.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
-from minilora.attention import attend, visible
+from minilora.attention import Blocks, attend, blocks, flex_fits, visible
 from minilora.config import GemmaConfig
 from minilora.embedding import TokenEmbedding
+from minilora.linear import Linear
+from minilora.recompute import run_layer
 
 
 class RMSNorm(nn.Module):
@@ -35,9 +39,49 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return _Normalized.apply(x, self.weight, self.eps)
+        return _normalized(x, self.weight, self.eps)
+
+
+def _normalized(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed * (1.0 + weight.to(wide.dtype))).to(x.dtype)
+
+
+class _Normalized(torch.autograd.Function):
+    """RMSNorm that keeps x alone, where autograd would keep a copy of it in float32.
+
+    With s = 1 / √(mean(x²) + ε), n = s x and g = ∂L/∂y: dw = Σ g n and, with h = g (1 + w),
+
+        dx = s (h - n · mean(h n))
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _normalized(x, weight, eps)
+
+    @staticmethod
+    def again(ctx) -> Tensor:
+        """What forward gave, from what it kept (minilora/recompute.py)."""
+        return _normalized(*ctx.saved_tensors, ctx.eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        """grad [.., D] → gradients of x and, where it is trained, w."""
+        x, weight = ctx.saved_tensors
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * (1.0 + self.weight.to(wide.dtype))).to(x.dtype)
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)         # [.., 1]
+        normed = wide * scale                                                       # [.., D]
+        d_normed = grad * (1.0 + weight.to(wide.dtype))
+        dx = scale * torch.addcmul(
+            d_normed, normed, (d_normed * normed).mean(-1, keepdim=True), value=-1)
+        dw = (grad * normed).flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None
+        return dx.to(x.dtype), None if dw is None else dw.to(weight.dtype), None
 
 
 def rotation(positions: Tensor, head_dim: int, theta: float, factor: float,
@@ -59,62 +103,125 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
     return x * cos + torch.cat([-second, first], -1) * sin
 
 
+class Memory(NamedTuple):
+    """The ring of one layer in a cache, and where in it the tokens of a forward pass go."""
+
+    keys: Tensor    # [B, K, R, H]
+    values: Tensor  # [B, K, R, H]
+    cells: Tensor   # of the new tokens that stay, the last R at most
+    old: int        # how many cells were written before
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes k and v [B, K, T, H]; returns what these tokens may look at, [B, K, S, H]."""
+        return self._extend(self.keys, k), self._extend(self.values, v)
+
+    def _extend(self, ring: Tensor, new: Tensor) -> Tensor:
+        # One token looks at the ring that holds it. Of several the last would take the cells of
+        # what the first still see, so they look at what was there and at themselves.
+        seen = ring if new.shape[2] == 1 else torch.cat([ring[:, :, :self.old], new], 2)
+        ring.index_copy_(2, self.cells, new[:, :, -len(self.cells):])
+        return seen
+
+
 class KVCache:
-    """Keys and values of the tokens seen so far, for every layer, in memory taken once."""
+    """Keys and values of the tokens seen so far, for every layer, in memory taken once.
+
+    A layer's memory is a ring of R cells, and the token of slot s lies in cell s mod R. A layer
+    that looks at everything has a cell for every token, one with a window no more than the window:
+
+        slots 0 … 9, window 4     everything   0 1 2 3 4 5 6 7 8 9
+                                  window       8 9 6 7
+
+    So five window layers to one make Gemma 3's cache a fifth of the size in long contexts. A single
+    token looks at its ring as a whole, cells not yet written being masked: each step of decoding
+    has the same shapes, and knows its slot from a tensor, which a CUDA graph can count up.
+    """
 
     def __init__(self, config: GemmaConfig, batch: int, capacity: int, dtype: torch.dtype,
                  device: torch.device | str = "cpu") -> None:
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, capacity,
-                 config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        window = min(capacity, config.sliding_window or capacity)
+        self.sizes = {"full_attention": capacity, "sliding_attention": window}  # R
+        self.rings = [torch.zeros(2, batch, config.num_key_value_heads, self.sizes[kind],
+                                  config.head_dim, dtype=dtype, device=device)
+                      for kind in config.layer_types]               # keys and values
         self.documents = torch.ones(batch, capacity, dtype=torch.int64, device=device)
-        self.capacity = capacity
-        self.length = 0
+        self.capacity, self.length = capacity, 0
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)  # the length, on the device
+        self.compiled = False  # single tokens go through compiled layers
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores k and v [B, K, T, H] after what is there; returns all of them, [B, K, S, H]."""
-        end = self.length + k.shape[2]
-        self.keys[layer, :, :, self.length:end] = k
-        self.values[layer, :, :, self.length:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def begin(self, T: int, documents: Tensor | None) -> Tensor:
+        """The slots [T] of the next T tokens, whose documents [B, T] it keeps (default: 1)."""
+        if self.length + T > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} tokens; {self.length + T} are "
+                             "needed")
+        slots = self.next + torch.arange(T, device=self.next.device)
+        if documents is not None:
+            self.documents.index_copy_(1, slots, documents)
+        return slots
+
+    def place(self, kind: str, slots: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Where new tokens at `slots` [T] go in the rings of a kind of layer.
+
+        Returns the slots of the keys that they may look at [S], the cells that they are written to,
+        and how many cells were written before.
+        """
+        size = self.sizes[kind]
+        cells = slots[-size:] % size
+        if len(slots) == 1:
+            return _held(slots, size, size), cells, size
+        old = min(self.length, size)
+        return torch.cat([_held(slots[:1] - 1, old, size), slots]), cells, old
+
+    def end(self, T: int) -> None:
+        """The T tokens are in the rings of all layers."""
+        self.length += T
+        self.next += T
 
     def keep(self, rows: list[int]) -> None:
         """Forgets all rows of the batch but these."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.rings = [ring[:, rows] for ring in self.rings]
         self.documents = self.documents[rows]
+
+
+def _held(newest: Tensor, count: int, size: int) -> Tensor:
+    """The slots that the first `count` cells of a ring hold, [count], when `newest` is the last.
+
+    A cell not yet written has the first slot that it will hold: a later one, which nobody sees.
+    """
+    cells = torch.arange(count, device=newest.device)
+    slots = newest - (newest - cells) % size
+    return torch.where(slots < 0, cells, slots)
 
 
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, config: GemmaConfig, layer: int) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.layer = layer
         self.head_dim = config.head_dim
         self.scale = config.query_pre_attn_scalar ** -0.5
         self.softcap = config.attn_logit_softcapping
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, heads * self.head_dim)
+        self.k_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
+        self.v_proj = Linear(config.hidden_size, kv_heads * self.head_dim)
+        self.o_proj = Linear(heads * self.head_dim, config.hidden_size)
         if config.qk_norm:
             self.q_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(self.head_dim, config.rms_norm_eps)
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor],
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Blocks, turn: tuple[Tensor, Tensor],
+                memory: Memory | None = None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # [B, N, T, H]
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # [B, K, T, H]
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)    # [B, K, T, H]
         q = rotate(self.q_norm(q), turn)
         k = rotate(self.k_norm(k), turn)
-        if cache is not None:
-            k, v = cache.extend(self.layer, k, v)                           # [B, K, S, H]
+        if memory is not None:
+            k, v = memory.extend(k, v)                                      # [B, K, S, H]
         out = attend(q, k, v, mask, self.scale, self.softcap)               # [B, N, T, H]
         return self.o_proj(out.transpose(1, 2).reshape(B, T, -1))           # [B, T, D]
 
@@ -124,9 +231,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.gate_proj(x), approximate="tanh") * self.up_proj(x))
@@ -135,10 +242,10 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """One block: attention and feed-forward, each between norms, each added to the stream."""
 
-    def __init__(self, config: GemmaConfig, layer: int) -> None:
+    def __init__(self, config: GemmaConfig) -> None:
         super().__init__()
         size, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(size, eps)
         self.post_attention_layernorm = RMSNorm(size, eps)
@@ -147,15 +254,15 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(size, eps)
             self.post_feedforward_layernorm = RMSNorm(size, eps)
 
-    def forward(self, x: Tensor, mask: Tensor, turn: tuple[Tensor, Tensor],
-                cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | Blocks, turn: tuple[Tensor, Tensor],
+                memory: Memory | None = None) -> Tensor:
         """x [B, T, D] → [B, T, D]."""
         if self.sandwich:
-            attended = self.self_attn(self.input_layernorm(x), mask, turn, cache)
+            attended = self.self_attn(self.input_layernorm(x), mask, turn, memory)
             x = x + self.post_attention_layernorm(attended)
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         # Gemma 1 has two norms, and the one named "post_attention" comes before the feed-forward.
-        x = x + self.self_attn(self.input_layernorm(x), mask, turn, cache)
+        x = x + self.self_attn(self.input_layernorm(x), mask, turn, memory)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -166,9 +273,10 @@ class Gemma(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = TokenEmbedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Layer(config) for _ in config.layer_types)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.recompute = False  # forget activations in forward, make them again in backward
+        self.recompute = "none"  # what backward makes again, in the words of minilora/recompute.py
+        self.compiled = False    # layers are compiled where gradients are wanted
 
     def hidden_states(self, input_ids: Tensor, positions: Tensor | None = None,
                       documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
@@ -179,43 +287,52 @@ class Gemma(nn.Module):
         earlier tokens, and counts a token without a document as of document 1.
         """
         T = input_ids.shape[1]
-        past = cache.length if cache is not None else 0
-        if cache is not None and past + T > cache.capacity:
-            raise ValueError(f"the cache holds {cache.capacity} tokens; {past + T} are needed")
-        slots = torch.arange(past + T, device=input_ids.device)
+        if cache is None:
+            slots = torch.arange(T, device=input_ids.device)
+        else:
+            slots = cache.begin(T, documents)
+            documents = cache.documents[:, slots]
         if positions is None:
-            positions = slots[None, past:]
-        key_docs = documents
-        if cache is not None:
-            if documents is not None:
-                cache.documents[:, past:past + T] = documents
-            key_docs = cache.documents[:, :past + T]
-            documents = key_docs[:, past:]
+            positions = slots[None]
 
         config, x = self.config, self.embed_tokens.encode(input_ids)    # [B, T, D]
-        views = {}  # per kind of layer: the mask, and the rotation of its positions
+        alone = cache is None or not cache.length  # the rows read themselves and nothing else
+        flex = alone and flex_fits(x.device, config.head_dim, T)
+        views, places = {}, {}  # per kind of layer: mask and rotation, and its part of the cache
         for kind in dict.fromkeys(config.layer_types):
             near = kind == "sliding_attention"
-            mask = visible(slots[past:], slots, documents, key_docs,
-                           config.sliding_window if near else None)     # [B, 1, T, S]
+            window = config.sliding_window if near else None
+            keys, key_docs = slots, documents
+            if cache is not None:
+                keys, *places[kind] = cache.place(kind, slots)          # [S]
+                key_docs = cache.documents[:, keys]
+            mask = (blocks(T, documents, window, config.head_dim, x.device, x.dtype) if flex else
+                    visible(slots, keys, documents, key_docs, window))  # [B, 1, T, S]
             theta = config.rope_local_theta if near else config.rope_theta
             factor = 1.0 if near else config.rope_factor
             views[kind] = mask, rotation(positions, config.head_dim, theta, factor, x.dtype)
-        for layer, kind in zip(self.layers, config.layer_types, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(layer, x, *views[kind], use_reentrant=False)
+        for number, (layer, kind) in enumerate(zip(self.layers, config.layer_types, strict=True)):
+            if cache is not None:
+                view = (*views[kind], Memory(*cache.rings[number], *places[kind]))
+                x = run_layer(layer, x, view, "none", T == 1 and cache.compiled)
+            elif torch.is_grad_enabled():
+                x = run_layer(layer, x, views[kind], self.recompute, self.compiled)
             else:
-                x = layer(x, *views[kind], cache)
+                x = layer(x, *views[kind])
         if cache is not None:
-            cache.length += T
+            cache.end(T)
         return self.norm(x)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [.., D] → logits [.., V'] in float32 (or wider), with their soft-cap if any."""
+    def logits(self, hidden: Tensor, capped: bool = True) -> Tensor:
+        """hidden [.., D] → logits [.., V'] in float32 (or wider), with their soft-cap if any.
+
+        The cap changes no order. To find the largest alone it can be left out, which saves a sixth
+        of a step of eight rows on a CPU.
+        """
         logits = self.embed_tokens.decode(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits if cap is None or not capped else cap * torch.tanh(logits / cap)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None,
                 documents: Tensor | None = None, cache: KVCache | None = None) -> Tensor:

@@ -1,7 +1,8 @@
 """The parts of training that can be tested on their own; `train.py` is the loop that uses them.
 
-New tokens and their rows, the learning rate of a step, the parameter groups, one optimizer step
-over several batches, the endless stream of batches, and the loss on held-out conversations.
+New tokens and their rows, how the layers run, the learning rate of a step, the parameter groups,
+one optimizer step over several batches, the endless stream of batches, and the loss on held-out
+conversations.
 """
 
 import math
@@ -11,8 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minilora.attention import compiles
 from minilora.config import TrainConfig, UserError
-from minilora.data import IGNORED, Batch, Example, batches
+from minilora.data import IGNORED, Batch, Example, batches, collate
 from minilora.dialects import get_dialect
 from minilora.lora import trainable
 from minilora.loss import token_loss
@@ -36,6 +38,21 @@ def add_dialect(model: Gemma, tokenizer: Tokenizer, dialect: str, mode: str) -> 
         start = table.start([tokenizer.encode(text) for _, text in new])
         table.add_rows([i for i, _ in new], start)
     return [i for i, _ in new]
+
+
+def prepare(model: Gemma, config: TrainConfig) -> None:
+    """Sets how training runs the layers: compiled or not, and what of them backward makes again.
+
+    Raises UserError where they shall be compiled and cannot be.
+    """
+    device = model.embed_tokens.weight.device
+    if config.compile == "on" and not compiles(device):
+        raise UserError(f"compile is on, and nothing here compiles for {device.type}: a GPU needs "
+                        "to be of NVIDIA's Ampere or later, with Triton and gcc, a CPU needs g++; "
+                        "leave --compile out")
+    model.compiled = config.compile == "on" or (
+        config.compile == "auto" and device.type == "cuda" and compiles(device))
+    model.recompute = config.recompute
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -111,22 +128,23 @@ def train_step(model: Gemma, optimizer: torch.optim.Optimizer, step: Sequence[Ba
     device = model.embed_tokens.weight.device
     trained = sum(map(trained_tokens, step))
     loss = torch.zeros((), device=device)
-    for batch in step:
-        total = batch_loss(model, batch.to(device)) / trained
+    for batch in [batch.to(device) for batch in step]:  # copied before the device is busy
+        total = batch_loss(model, batch) / trained
         total.backward()
         loss += total.detach()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
-    if not torch.isfinite(norm):
+    mean, size = torch.stack([loss, norm]).tolist()  # waits for the device, once a step
+    if not math.isfinite(size):
         optimizer.zero_grad(set_to_none=True)
-        raise UserError(f"loss {loss.item():g} and gradient norm {norm.item():g} are not finite; "
+        raise UserError(f"loss {mean:g} and gradient norm {size:g} are not finite; "
                         "try a lower --lr, or --dtype float32")
     for group in optimizer.param_groups:
         group["lr"] = lr * group["ratio"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((batch.documents > 0).sum()) for batch in step)
-    return Step(loss.item(), norm.item(), tokens, trained)
+    return Step(mean, size, tokens, trained)
 
 
 @torch.no_grad()
@@ -151,15 +169,25 @@ def plan_steps(examples: Sequence[Example], config: TrainConfig) -> int:
 
 
 def stream_batches(examples: Sequence[Example], config: TrainConfig, skip: int = 0,
-                   ) -> Iterator[Batch]:
+                   fill: bool = False) -> Iterator[Batch]:
     """Endless batches, epoch after epoch, each epoch in an order of its own.
 
     The order follows from the seed alone, so that a resumed run skips what it has seen and goes on.
+    With `fill` an epoch's last batch gets rows of padding, so that all have as many: compiled
+    layers are compiled for one shape.
     """
     epoch = 0
     while True:
         of_epoch = batches(examples, config.batch, config.length, config.seed, epoch, config.pack)
         for index in range(min(skip, len(of_epoch)), len(of_epoch)):
-            yield of_epoch[index]
+            yield filled(of_epoch[index], config.batch) if fill else of_epoch[index]
         skip = max(0, skip - len(of_epoch))
         epoch += 1
+
+
+def filled(batch: Batch, rows: int) -> Batch:
+    """The batch with rows of padding after its own, `rows` in all."""
+    length = batch.input_ids.shape[1]
+    padding = vars(collate([[]] * (rows - len(batch.input_ids)), length))
+    return Batch(**{name: torch.cat([tensor, padding[name]])
+                    for name, tensor in vars(batch).items()})

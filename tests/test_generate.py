@@ -1,17 +1,20 @@
 """Cached decoding writes what plain forward passes say, alone or in a batch, and stops in time."""
 
 import dataclasses
+import importlib
 import math
 
 import pytest
 import torch
-from conftest import tiny_model, tiny_raw
+from conftest import noise, tiny_config, tiny_model, tiny_raw
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.config import GenerateConfig, UserError
-from minilora.generate import generate, pick, stream, stream_text
+from minilora.generate import generate, pick, replayed, stream, stream_text
+from minilora.linear import linear
+from minilora.model import KVCache
 from minilora.tokenizer import Tokenizer
 
 FAMILIES = ["gemma", "gemma2", "gemma3_text"]
@@ -48,9 +51,9 @@ def record(model, monkeypatch):
         calls.append({"ids": input_ids, "positions": positions, "training": model.training})
         return hidden_states(input_ids, positions, *rest)
 
-    def see_logits(hidden):
+    def see_logits(hidden, capped):
         calls[-1]["logits"] = logits(hidden)
-        return calls[-1]["logits"]
+        return logits(hidden, capped)
 
     monkeypatch.setattr(model, "hidden_states", see_ids)
     monkeypatch.setattr(model, "logits", see_logits)
@@ -116,6 +119,70 @@ def test_no_graph_is_kept(monkeypatch):
     calls = record(model, monkeypatch)
     generate(model, [[5]], GREEDY, ())
     assert not any(call["logits"].requires_grad for call in calls)
+
+
+# --- steps that are recorded and replayed, as on a GPU --------------------------------------------
+
+@pytest.fixture
+def recorded(monkeypatch):
+    """The shapes that steps are recorded for; a replay is the same step on the same inputs."""
+    shapes = []
+
+    def record(step, cache):
+        shapes.append(tuple(cache.documents.shape))
+        return step
+
+    module = importlib.import_module("minilora.generate")
+    monkeypatch.setattr(module, "records", lambda device: True)
+    monkeypatch.setattr(module, "compiles", lambda device: False)
+    monkeypatch.setattr(module, "record", record)
+    return shapes
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replayed_steps_write_the_same_while_rows_leave(family, recorded):
+    model = lively_model(family, max_position_embeddings=30)
+    prompts = [list(range(9, 9 + length)) for length in (18, 1, 25, 8)]
+    alone = [uncached(model, prompt, 30 - len(prompt))[0] for prompt in prompts]
+    assert generate(model, prompts, GenerateConfig(max_new=40), ()) == alone
+    assert recorded == [(4, 53), (2, 53), (1, 53)]  # once for each number of rows
+
+
+def test_a_recording_reads_its_inputs_where_they_are(recorded):
+    cache, seen = KVCache(tiny_config(), 1, 9, torch.float32), []
+
+    def step(ids, positions):
+        seen.append((ids.data_ptr(), positions.data_ptr()))
+        return ids + positions
+
+    run = replayed(step, cache)
+    given = [(torch.tensor([[n]]), torch.tensor([[10 * n]])) for n in range(4)]
+    assert [int(run(*each)) for each in given] == [0, 11, 22, 33]
+    assert len(set(seen)) == 1 and len(recorded) == 1
+    assert [int(ids) for ids, _ in given] == [0, 1, 2, 3]  # what was given is left alone
+
+
+def test_steps_that_cannot_be_recorded_run_as_they_are(recorded, monkeypatch):
+    def record(step, cache):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(importlib.import_module("minilora.generate"), "record", record)
+    model = lively_model()
+    with pytest.warns(UserWarning, match="not recorded, and slower: operation not") as caught:
+        replies = generate(model, PROMPTS, GREEDY, ())
+    assert replies == [uncached(model, prompt, 20)[0] for prompt in PROMPTS] and len(caught) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_products_of_a_few_rows_are_products(dtype, rows):
+    weight, x = noise((1100, 1000), seed=1).to(dtype), noise((rows, 1, 1000), seed=2).to(dtype)
+    assert torch.backends.mkldnn.enabled
+    torch.testing.assert_close(linear(x, weight).double(), x.double() @ weight.double().mT,
+                               rtol=1e-2 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
+    with pytest.raises(RuntimeError):
+        linear(x[..., 1:], weight)
+    assert torch.backends.mkldnn.enabled  # one row does without for a moment
 
 
 def test_nothing_to_do():

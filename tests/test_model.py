@@ -1,9 +1,16 @@
 """The Transformer's own laws, and the configs that it is built from."""
 
+import dataclasses
+import functools
+import itertools
+
 import pytest
 import torch
-from conftest import tiny_config, tiny_model, tiny_raw
+from conftest import LAW, tiny_config, tiny_model, tiny_raw
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from minilora import recompute
 from minilora.config import GemmaConfig, UserError
 from minilora.data import IGNORED
 from minilora.loss import token_loss
@@ -61,20 +68,99 @@ def test_cached_equals_uncached_past_the_window(family, chunks):
         model(IDS[:, :1], cache=cache)
 
 
+def full_cache(model, *sizes):
+    """A cache whose window layers keep everything, as the others do."""
+    config = dataclasses.replace(model.config, sliding_window=None)
+    return KVCache(config, *sizes, torch.float32)
+
+
+@settings(LAW, max_examples=30)
+@given(data=st.data())
+@torch.no_grad()
+def test_a_ring_is_as_good_as_a_cache_of_everything(data):
+    """Prompts shorter and longer than the window of 8, any chunks, padding, a row that leaves."""
+    model = tiny_model(data.draw(st.sampled_from(FAMILIES[1:])), num_hidden_layers=2,
+                       layer_types=["sliding_attention", "full_attention"])
+    lengths = data.draw(st.lists(st.sampled_from([1, 1, 1, 2, 5, 7, 8, 9, 16]), min_size=1))
+    ends = [end for end in itertools.accumulate(lengths) if end <= 30]
+    documents = torch.ones(2, 30, dtype=torch.int64)
+    documents[1, :data.draw(st.integers(0, ends[0] - 1))] = 0
+    positions = (documents.cumsum(1) - 1).clamp(min=0)
+    leaves = data.draw(st.sampled_from([None, *ends]))
+
+    plain = model(IDS, positions, documents)
+    ring, full = KVCache(model.config, 2, ends[-1], torch.float32), full_cache(model, 2, ends[-1])
+    rows = [0, 1]
+    for start, end in itertools.pairwise([0, *ends]):
+        if start == leaves:
+            rows = [1]
+            ring.keep(rows)
+            full.keep(rows)
+        part = [each[rows, start:end] for each in (IDS, positions, documents)]
+        text = part[-1] > 0  # what padding makes of padding is nobody's concern
+        by_ring = model(*part, ring)[text]
+        torch.testing.assert_close(by_ring, model(*part, full)[text], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(by_ring, plain[rows, start:end][text], rtol=1e-4, atol=1e-4)
+    sizes = [each.shape[3] for each in ring.rings + full.rings]
+    assert sizes == [min(8, ends[-1])] + [ends[-1]] * 3
+
+
+@pytest.mark.parametrize("chunks", [[3], [8], [9], [21], [16, 5], [5, 16, 1, 1], [1] * 20])
+@torch.no_grad()
+def test_a_ring_holds_the_last_tokens_of_the_window_each_in_its_cell(chunks):
+    model, total = tiny_model("gemma2"), sum(chunks)
+    ring, full = KVCache(model.config, 2, 30, torch.float32), full_cache(model, 2, 30)
+    for cache in (ring, full):
+        for part in IDS[:, :total].split(chunks, 1):
+            model(part, cache=cache)
+    for slot in range(max(0, total - 8), total):
+        torch.testing.assert_close(ring.rings[0][..., slot % 8, :], full.rings[0][..., slot, :])
+    assert ring.length == int(ring.next) == total
+
+
+def test_five_window_layers_to_one_make_a_long_cache_a_fifth():
+    """gemma-3-270m at 32,768 tokens: 18 layers, 15 of them with a window of 512."""
+    config = tiny_config("gemma3_text", num_hidden_layers=18, sliding_window=512,
+                         max_position_embeddings=32_768)
+    sizes = [sum(ring.nbytes for ring in KVCache(of, 1, 32_768, torch.bfloat16, "meta").rings)
+             for of in (config, dataclasses.replace(config, sliding_window=None))]
+    share = (15 * 512 + 3 * 32_768) / (18 * 32_768)
+    assert share < 0.19 and sizes[0] == share * sizes[1]
+
+
+@torch.no_grad()
+def test_compiled_steps_are_plain_steps_in_one_graph_a_kind_of_layer(monkeypatch):
+    from torch._dynamo.backends.debugging import aot_eager  # takes seconds to import
+
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return aot_eager(graph, inputs)  # all of the compiler but its kernels, which take a minute
+
+    monkeypatch.setattr(recompute, "compiled", functools.cache(
+        lambda function: torch.compile(function, backend=backend, fullgraph=True)))
+    model = tiny_model("gemma2")
+    cache = KVCache(model.config, 2, 14, torch.float32)
+    cache.compiled = True
+    parts = [model(part, cache=cache) for part in IDS[:, :14].split([5] + [1] * 9, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(IDS[:, :14]), rtol=1e-4, atol=1e-4)
+    assert len(graphs) == 2  # the rings are of 8 and of 14 cells
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_recomputing_changes_no_gradient(family):
     model = tiny_model(family).requires_grad_(True)
     grads = []
-    for recompute in (False, True):
-        model.recompute = recompute
+    for model.recompute in ("none", "cheap", "all", "offload"):
         model.zero_grad()
         total, _ = token_loss(model, model.hidden_states(IDS), IDS)
         total.backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters()
                       if p.grad is not None})
-    assert grads[0].keys() == grads[1].keys()
-    for name, grad in grads[0].items():
-        assert torch.equal(grad, grads[1][name]), name
+    for others in grads[1:]:
+        assert grads[0].keys() == others.keys()
+        assert all(torch.equal(grad, others[name]) for name, grad in grads[0].items())
 
 
 def test_batch_of_two_is_two_of_one():

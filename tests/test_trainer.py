@@ -1,7 +1,10 @@
 """The parts of the loop: rates, groups, accumulation by token count, order of batches, new rows."""
 
+import argparse
 import dataclasses
+import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ from conftest import make_example, tiny_model
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.chat import Conversation, Message
-from minilora.config import LoraConfig, TrainConfig, UserError
+from minilora.config import LoraConfig, TrainConfig, UserError, from_flags, read_settings
 from minilora.data import IGNORED, Example, batches
 from minilora.dialects import DIALECTS
 from minilora.lora import adapted, attach, trainable
@@ -20,6 +23,7 @@ from minilora.trainer import (
     learning_rate,
     make_optimizer,
     plan_steps,
+    prepare,
     stream_batches,
     train_step,
 )
@@ -185,6 +189,55 @@ def test_the_stream_resumes_anywhere(pack):
     first = [row.tolist() for ids in straight[:each] for row in ids]
     second = [row.tolist() for ids in straight[each:2 * each] for row in ids]
     assert first != second
+
+
+def test_batches_of_one_shape_are_the_same_batches():
+    """For compiled layers the last batch of an epoch gets rows of padding, which change nothing."""
+    examples = some_examples(9)
+    config = TrainConfig(batch=4, length=32, seed=4)
+    plain, full = stream_batches(examples, config), stream_batches(examples, config, fill=True)
+    sizes, results = [], []
+    for _ in range(len(batches(examples, 4, 32, 4, 0))):
+        pair = next(plain), next(full)
+        sizes.append(len(pair[0].input_ids))
+        assert pair[1].input_ids.shape == (4, 32)
+        for name, tensor in vars(pair[0]).items():
+            assert torch.equal(getattr(pair[1], name)[:sizes[-1]], tensor), name
+        results = []
+        for batch in pair:
+            model = model_with_lora()
+            results.append(train_step(model, make_optimizer(model, config), [batch], 1e-3, 1.0))
+        assert dataclasses.astuple(results[0]) == pytest.approx(dataclasses.astuple(results[1]))
+    assert min(sizes) < 4
+
+
+@pytest.mark.parametrize("device, compilers, wanted, compiled", [
+    ("cpu", True, "auto", False), ("cpu", True, "on", True), ("cpu", False, "on", None),
+    ("cuda", True, "auto", True), ("cuda", False, "auto", False), ("cuda", True, "off", False),
+    ("cuda", False, "on", None)])
+def test_layers_are_compiled_where_it_pays_and_works(device, compilers, wanted, compiled,
+                                                     monkeypatch):
+    monkeypatch.setattr("minilora.trainer.compiles", lambda device: compilers)
+    weight = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(embed_tokens=SimpleNamespace(weight=weight))
+    config = TrainConfig(compile=wanted, recompute="cheap")
+    if compiled is None:
+        with pytest.raises(UserError, match="leave --compile out"):
+            prepare(model, config)
+    else:
+        prepare(model, config)
+        assert (model.compiled, model.recompute) == (compiled, "cheap")
+
+
+@pytest.mark.parametrize("written, means", [(True, "all"), (False, "none"), ("cheap", "cheap")])
+def test_a_run_from_before_recompute_had_steps_goes_on(tmp_path, written, means):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recompute": written}))
+    settings = read_settings(path, TrainConfig)
+    assert from_flags(TrainConfig, argparse.Namespace(), settings).recompute == means
+    path.write_text(json.dumps({"recompute": "some"}))
+    with pytest.raises(UserError, match="recompute is 'some'; expected none or cheap or all or"):
+        read_settings(path, TrainConfig)
 
 
 def test_steps_of_a_run():
