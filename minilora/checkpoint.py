@@ -11,7 +11,7 @@ import hashlib
 import math
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,10 +29,11 @@ from minilora.files import (
     read_own,
     read_tensors,
     replacing_folder,
+    write_blocks,
     write_json,
     write_tensors,
 )
-from minilora.lora import LoRALinear, adapted, attach, trainable
+from minilora.lora import LoRALinear, adapted, attach, is_finite, row_blocks, trainable
 from minilora.loss import CHUNK
 from minilora.model import Gemma
 from minilora.tokenizer import FILES as TOKENIZER_FILES
@@ -370,11 +371,11 @@ def export_merged(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str
 
     `base`: folder or hub id of the base model, for the other fields of its config.json and
     generation_config.json. The weights are written in the model's dtype, W + BA added in float32
-    and rounded once, one file's tensors at a time; the model stays as it is. One that is merged
-    already, or has no adapter, is written as it is. Of an image-text Gemma 3 the text part is
-    written, as a text model. `lora=False` leaves the adapters out and puts only the new rows in
-    place. Raises UserError for NaN or Inf, for a base that is not the model's, and where the disk
-    refuses.
+    and rounded once, a few rows at a time; the model stays as it is, and no second one is made. One
+    that is merged already, or has no adapter, is written as it is. Of an image-text Gemma 3 the
+    text part is written, as a text model. `lora=False` leaves the adapters out and puts only the
+    new rows in place. Raises UserError for NaN or Inf, for a base that is not the model's, and
+    where the disk refuses.
     """
     base, out = locate(base, ("config.json", "generation_config.json")), Path(out)
     if out.resolve() == base.resolve():
@@ -409,10 +410,10 @@ def _text_config(raw: dict, model: Gemma) -> dict:
 
 def _write_shards(folder: Path, model: Gemma, lora: bool) -> None:
     """Writes the plain model's tensors, a file at a time: one file, or several and an index."""
-    parameters = _base_parameters(model)
-    sizes = {name: parameter.nbytes for name, parameter in parameters.items()}
-    table = model.embed_tokens.weight
-    sizes["embed_tokens.weight"] += model.embed_tokens.appended * table[0].nbytes
+    shapes = {name: list(parameter.shape) for name, parameter in _base_parameters(model).items()}
+    shapes["embed_tokens.weight"][0] = model.embed_tokens.num_embeddings
+    dtype = model.embed_tokens.weight.dtype
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
     for name, size in sizes.items():
         if shards[-1] and sum(sizes[other] for other in shards[-1]) + size > SHARD_BYTES:
@@ -422,13 +423,9 @@ def _write_shards(folder: Path, model: Gemma, lora: bool) -> None:
     for n, names in enumerate(shards, 1):
         file = "model.safetensors" if len(shards) == 1 else (
             f"model-{n:05}-of-{len(shards):05}.safetensors")
-        tensors = {checkpoint_name(name): _merged(model, name, lora) for name in names}
-        for name, tensor in tensors.items():
-            if not torch.isfinite(torch.stack(tensor.aminmax())).all():  # NaN is passed on by both
-                raise UserError(f"{name} holds NaN or Inf once merged; not exported. Go back to an "
-                                "earlier checkpoint of the run, or load the base in bfloat16 or "
-                                "float32")
-        write_tensors(folder / file, tensors)
+        tensors = {checkpoint_name(name): shapes[name] for name in names}
+        write_blocks(folder / file, dtype, tensors, (
+            block for name in names for block in _merged(model, name, lora)))
         weight_map |= dict.fromkeys(tensors, file)
     if len(shards) > 1:
         write_json(folder / "model.safetensors.index.json", {
@@ -436,17 +433,31 @@ def _write_shards(folder: Path, model: Gemma, lora: bool) -> None:
 
 
 @torch.no_grad()
-def _merged(model: Gemma, name: str, lora: bool = True) -> Tensor:
-    """A parameter as the merged model has it, in the model's dtype; the model stays as it is."""
+def _merged(model: Gemma, name: str, lora: bool = True) -> Iterator[Tensor]:
+    """A parameter as the merged model has it, in the model's dtype, some rows at a time, on the
+    CPU; the model stays as it is. Raises UserError for NaN or Inf.
+    """
     module = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(module, LoRALinear) and lora and not module.merged:
-        return module.merged_weight()
-    if module is not model.embed_tokens or module.rows is None:
-        return module.weight
-    rows = module.rows.to(module.weight.dtype)  # [n, D]
-    if module.appended:
-        return torch.cat([module.weight, rows])  # [V + n, D]
-    return module.weight.index_copy(0, module.row_ids, rows)  # [V, D]
+    for rows in row_blocks(module.weight):
+        if isinstance(module, LoRALinear) and lora and not module.merged:
+            block = module.merged_weight(rows)  # [.., in]
+        else:
+            block = module.weight[rows]
+        if module is model.embed_tokens and module.reserved:
+            inside = (module.row_ids >= rows.start) & (module.row_ids < rows.stop)
+            block = block.index_copy(0, module.row_ids[inside] - rows.start,
+                                     module.rows[inside].to(block.dtype))  # [.., D]
+        yield _finite(block, name)
+    if module is model.embed_tokens and module.appended:
+        yield _finite(module.rows.to(module.weight.dtype), name)  # [n, D]
+
+
+def _finite(block: Tensor, name: str) -> Tensor:
+    if not is_finite(block):
+        raise UserError(f"{checkpoint_name(name)} holds NaN or Inf once merged; not exported. Go "
+                        "back to an earlier checkpoint of the run, or load the base in bfloat16 or "
+                        "float32")
+    return block.cpu()
 
 
 def export_extended(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: str | Path,
@@ -471,7 +482,7 @@ def export_extended(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: s
         raise UserError(f"{out / 'adapter'}: is the adapter of another base and would be lost; "
                         "choose another folder")
     export_merged(model, tokenizer, base, out / "base", dialect, lora=False)
-    table = _merged(model, "embed_tokens.weight")  # [V', D]
+    table = torch.cat([*_merged(model, "embed_tokens.weight")])  # [V', D]
     with torch.device("meta"):  # what was just written, all but the table shared with the model
         extended = Gemma(replace(model.config, vocab_size=len(table)))
     extended.embed_tokens.weight = nn.Parameter(table, requires_grad=False)

@@ -9,11 +9,13 @@ what is half written. Nothing is pickled.
 import contextlib
 import fnmatch
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -21,6 +23,8 @@ from torch import Tensor
 from minilora.config import UserError, read_json
 
 FORMAT = 1  # of minilora.json and state.json
+BLOCK = 2**22  # bytes read, merged or written at a time: few enough to stay in the cache
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @contextlib.contextmanager
@@ -110,6 +114,31 @@ def _sync(path: Path) -> None:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path,
               metadata={"format": "pt"})
+
+
+def write_blocks(path: Path, dtype: torch.dtype, shapes: dict[str, Sequence[int]],
+                 blocks: Iterable[Tensor]) -> None:
+    """Writes a safetensors file of tensors in one dtype, whose numbers come a block at a time.
+
+    So a file can be larger than memory; `save_file` wants all of its tensors at once. The format is
+    described at https://huggingface.co/docs/safetensors.
+    """
+    names = {each: name for name, each in FLOATS.items()}
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": names[dtype], "shape": [*shape], "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # so that the numbers after it are aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in blocks:
+            numbers = memoryview(block.contiguous().view(torch.uint8).view(-1).numpy())
+            # Of larger writes Linux makes large pages, which it may first have to get from the
+            # host of a virtual machine: that took nine times as long.
+            for start in range(0, len(numbers), 2**16):
+                file.write(numbers[start:start + 2**16])
+        assert file.tell() == 8 + len(text) + end, f"{path}: other numbers than shapes"
 
 
 def write_json(path: Path, value: object) -> None:

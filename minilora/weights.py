@@ -4,12 +4,14 @@
     model.safetensors.index.json      which shard holds which tensor
     model-00001-of-00002.safetensors  …
 
-The model is made without memory and every parameter is read straight into its place, in the target
-dtype and on the target device, so the host never holds a second copy. All headers are checked
-before the first number is read.
+The model is made without memory and every parameter is read into its place a block at a time, in
+the target dtype and on the target device, so the host never holds a second copy, nor a first one of
+a model that goes to the GPU. All headers are checked before the first number is read.
 """
 
+import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,9 +20,10 @@ import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from minilora.config import GemmaConfig, UserError, builtin, read_json
+from minilora.files import BLOCK, FLOATS
 from minilora.model import Gemma
 
 FILES = ("config.json", "generation_config.json", "model.safetensors",
@@ -37,7 +40,6 @@ _PREFIXES = ("language_model.model.", "model.language_model.", PREFIX)
 _HEADS = ("lm_head.weight", "language_model.lm_head.weight")  # the embedding again, in some files
 _VISION = ("vision_tower.", "multi_modal_projector.",
            "model.vision_tower.", "model.multi_modal_projector.")
-_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 def model_name(name: str) -> str | None:
@@ -163,13 +165,9 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16,
     with torch.device("meta"):
         model = Gemma(config)
     stored = _match(folder, model)
-    for name, parameter in list(model.named_parameters()):
-        value = torch.empty(parameter.shape, dtype=dtype, device=device)
-        key, path = stored[name]
-        # The file is mapped, and mapped anew for each tensor: pages that were read stay resident
-        # as long as the map does, which for a whole shard looks, and counts, like a second copy.
-        with _open(path) as file:
-            value.copy_(file.get_tensor(key))
+    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].start)):
+        value = torch.empty(tensor.shape, dtype=dtype, device=device)
+        _read(tensor, value)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
     return model
@@ -197,17 +195,52 @@ def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, 
 
 
 class _Stored(NamedTuple):
-    """A tensor of a checkpoint: under which name, in which file."""
+    """A tensor of a checkpoint: under which name, in which file, from which byte on."""
     key: str
     path: Path
+    dtype: str
+    shape: list[int]
+    start: int
 
 
-def _open(path: Path) -> safe_open:
+def _headers(path: Path) -> list[_Stored]:
+    """What a safetensors file holds, by name. Its package checks that all of it is sound: that the
+    file ends where the last tensor does, and that none overlaps another.
+    """
     try:
-        return safe_open(path, framework="pt")
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); download it "
-                        "again") from None
+        raise _torn(path, error) from None
+    header.pop("__metadata__", None)
+    return [_Stored(key, path, part["dtype"], part["shape"], 8 + size + part["data_offsets"][0])
+            for key, part in sorted(header.items())]
+
+
+def _torn(path: Path, reason: object) -> UserError:
+    return UserError(f"{path}: not a whole safetensors file ({reason}); download it again")
+
+
+def _read(tensor: _Stored, place: Tensor) -> None:
+    """Reads a tensor's numbers into `place`; where that has another dtype or device, by blocks.
+
+    Read rather than mapped: pages of a map that were read stay resident, which looks, and counts,
+    like a second copy.
+    """
+    dtype = FLOATS[tensor.dtype]
+    straight = place.dtype == dtype and place.device.type == "cpu"
+    step = BLOCK // dtype.itemsize
+    block = torch.empty(0 if straight else min(step, place.numel()), dtype=dtype,
+                        pin_memory=place.is_cuda)
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.start)
+        for part in place.view(-1).split(step):
+            memory = part if straight else block[:len(part)]
+            if file.readinto(memory.view(torch.uint8).numpy()) < memory.nbytes:
+                raise _torn(tensor.path, f"it ends within {tensor.key}")
+            if not straight:
+                part.copy_(memory)
 
 
 def _match(folder: Path, model: Gemma) -> dict[str, _Stored]:
@@ -216,29 +249,27 @@ def _match(folder: Path, model: Gemma) -> dict[str, _Stored]:
     stored: dict[str, _Stored] = {}
     heads, skipped = [], []
     for path, listed in _shards(folder).items():
-        with _open(path) as file:
-            parts = {key: file.get_slice(key) for key in sorted(file.keys())}
-            headers = {key: (part.get_dtype(), part.get_shape()) for key, part in parts.items()}
-        for key, (dtype, shape) in headers.items():
+        headers = {tensor.key: tensor for tensor in _headers(path)}
+        for key, tensor in headers.items():
             name = model_name(key)
             if model.config.model_type == "gemma3_text" and key.startswith(_VISION):
                 skipped.append(key)
             elif key in _HEADS:
-                heads.append(_Stored(key, path))
+                heads.append(tensor)
             elif name in stored:
                 raise UserError(f"{path}: {key} is also in {stored[name].path.name}, as "
                                 f"{stored[name].key}; a tensor may come once: download both again")
             elif name not in shapes:
                 raise UserError(f"{path}: {key} is no tensor of the {model.config.model_type} that "
                                 "config.json describes; take both from the same model")
-            elif dtype not in _FLOATS:
-                raise UserError(f"{path}: {key} is {dtype}, expected one of {', '.join(_FLOATS)}; "
-                                "take a checkpoint that is not quantised")
-            elif shape != shapes[name]:
-                raise UserError(f"{path}: {key} has shape {shape}, expected {shapes[name]} by "
-                                "config.json; take both from the same model")
+            elif tensor.dtype not in FLOATS:
+                raise UserError(f"{path}: {key} is {tensor.dtype}, expected one of "
+                                f"{', '.join(FLOATS)}; take a checkpoint that is not quantised")
+            elif tensor.shape != shapes[name]:
+                raise UserError(f"{path}: {key} has shape {tensor.shape}, expected {shapes[name]} "
+                                "by config.json; take both from the same model")
             else:
-                stored[name] = _Stored(key, path)
+                stored[name] = tensor
         for key in sorted(headers.keys() ^ (headers.keys() if listed is None else listed)):
             what = f"holds {key}, which the index does not place there" if key in headers else (
                 f"lacks {key}, which the index places there")
@@ -257,10 +288,13 @@ def _match(folder: Path, model: Gemma) -> dict[str, _Stored]:
 
 def _check_tied(head: _Stored, table: _Stored) -> None:
     """Refuses an lm_head that is not the embedding, byte for byte: Gemma's is tied."""
-    with _open(head.path) as first, _open(table.path) as second:
-        a, b = first.get_tensor(head.key), second.get_tensor(table.key)
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(
-            a.view(torch.uint8), b.view(torch.uint8))
+    size = math.prod(table.shape) * FLOATS[table.dtype].itemsize
+    with open(head.path, "rb") as first, open(table.path, "rb") as second:
+        first.seek(head.start)
+        second.seek(table.start)
+        same = (head.dtype, head.shape) == (table.dtype, table.shape) and all(
+            first.read(n) == second.read(n)
+            for n in (min(BLOCK, size - at) for at in range(0, size, BLOCK)))
     if not same:
         raise UserError(f"{head.path}: {head.key} is not the same as {table.key}; Gemma's output "
                         "projection is its embedding: merge or save the model tied")

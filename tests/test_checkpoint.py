@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from conftest import difference, tiny_model, tiny_raw
 from make_references import COLUMNS, PEFT_ADAPTERS, reference_ids, stored
 from safetensors.torch import load_file, save_file
+from test_weights import peak_memory
 from tiny_tokenizer import make_tokenizer_model
 
-from minilora import checkpoint
+from minilora import checkpoint, lora
 from minilora.chat import Conversation, Message, ToolCall, chat_template, render
 from minilora.checkpoint import (
     adapter_base,
@@ -39,7 +40,7 @@ IDS = torch.arange(20).reshape(2, 10) * 23 % 512
 def write_base(folder, family="gemma2", seed=0, dtype=torch.float32, **raw):
     """A base in the hub's layout: random weights, config, tokenizer."""
     folder.mkdir(parents=True)
-    model = tiny_model(family, seed, dtype)
+    model = tiny_model(family, seed, dtype, **raw)
     save_file({"model." + name: tensor for name, tensor in model.state_dict().items()},
               folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(tiny_raw(family, **raw)))
@@ -403,7 +404,8 @@ def test_a_dora_adapter_without_its_magnitudes_is_refused(base, adapter):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("mode", ["append", "reserved"])
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_merged_export_computes_the_same(tmp_path, family, mode, merged):
+def test_a_merged_export_computes_the_same(tmp_path, monkeypatch, family, mode, merged):
+    monkeypatch.setattr(lora, "BLOCK", 4 * 72 * 10)  # the new rows do not stand in one block
     base = write_base(tmp_path / "base", family)
     model, tokenizer = tuned(base, mode, targets=("q_proj", "layers.1.mlp.*"))
     ids = with_new(IDS, model)
@@ -523,6 +525,24 @@ def test_an_export_of_nan_is_refused(base, tmp_path, where):
     line = refusal(export_merged, model, tokenizer, base, tmp_path / "out")
     assert f"model.{name}.weight holds NaN" in line
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_an_export_makes_no_second_model(tmp_path):
+    base = write_base(tmp_path / "base", num_hidden_layers=1, vocab_size=120_000)
+    model, tokenizer = tuned(base)
+    before = peak_memory(reset=True)
+    export_merged(model, tokenizer, base, tmp_path / "out")
+    assert peak_memory() - before <= model.embed_tokens.weight.nbytes / 2
+
+
+def test_a_merge_that_overflows_changes_nothing(base):
+    """float16 is not offered for training, yet a model may be cast to it."""
+    model, _ = tuned(base, dtype=torch.float16)
+    model.layers[2].mlp.up_proj.lora_B.data.fill_(1e5)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    line = refusal(merge, model)
+    assert "layers.2.mlp.up_proj: W + BA overflows torch.float16" in line
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
 def test_an_export_never_replaces_its_base_or_foreign_files(base, tmp_path):

@@ -4,10 +4,14 @@ import os
 from types import SimpleNamespace
 
 import pytest
+import torch
+from conftest import LAW
+from hypothesis import given, settings, strategies
+from safetensors.torch import load_file
 
 from minilora import files
 from minilora.config import UserError
-from minilora.files import replacing, write_file
+from minilora.files import FLOATS, replacing, write_blocks, write_file
 
 
 def refusal(call, *args) -> str:
@@ -41,3 +45,27 @@ def test_what_cannot_be_written_is_told(tmp_path):
     write_file(tmp_path / "new" / "folder" / "a.json", b"{}")
     line = refusal(write_file, tmp_path / "new" / "folder" / "a.json" / "b.json", b"{}")
     assert "b.json: cannot be written" in line
+
+
+@settings(LAW, max_examples=30)
+@given(shapes=strategies.dictionaries(
+           strategies.text(), strategies.lists(strategies.integers(1, 9), min_size=1, max_size=3),
+           max_size=4),
+       dtype=strategies.sampled_from([*FLOATS.values()]), rows=strategies.integers(1, 5))
+def test_blocks_make_the_file_of_whole_tensors(tmp_path_factory, shapes, dtype, rows):
+    """However the tensors are cut, safetensors reads them back, aligned, and its own metadata."""
+    shapes.pop("__metadata__", None)
+    path = tmp_path_factory.getbasetemp() / "blocks.safetensors"
+    tensors = {name: torch.randn(shape).to(dtype) for name, shape in shapes.items()}
+    write_blocks(path, dtype, shapes, (block for tensor in tensors.values()
+                                       for block in tensor.split(rows)))
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(torch.equal(tensor, read[name]) for name, tensor in tensors.items())
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
+def test_a_large_block_is_written_in_pieces(tmp_path):
+    tensor = torch.arange(100_000, dtype=torch.float32).view(50, 2000).T  # not contiguous
+    write_blocks(tmp_path / "a", tensor.dtype, {"a": tensor.shape}, [tensor])
+    assert torch.equal(load_file(tmp_path / "a")["a"], tensor)
