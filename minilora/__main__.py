@@ -9,6 +9,8 @@
     python -m minilora merge --adapter RUN --out FOLDER     the whole model in the hub's layout
         --check DATA         read it again and compare its logits on conversations
         --extended-base      or the base with the new rows in place, and an adapter without them
+    python -m minilora bench train MODEL BATCHES            what this machine gives; also generate,
+                                                            load, merge
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from minilora.bench import add_bench_commands
 from minilora.bfcl import Question, read_questions
 from minilora.check import check_data
 from minilora.checkpoint import (
@@ -119,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="one JSON object a line")
+    add_bench_commands(commands.add_parser("bench", help="time training, decoding, loading and "
+                                           "merging; prints JSON"))
     flags = parser.parse_args(argv)
     flags.run(flags)
 
@@ -190,7 +195,7 @@ def described(facts: dict, config: TrainConfig) -> list[tuple[str, str]]:
                       + f", {config.eval_share:.0%} of the conversations held out"),
             ("memory", f"about {count(sum(body))}B: {count(body[0])}B for weights, adapters and "
                        f"optimizer, {count(body[1])}B for activations"
-                       + ("" if config.recompute else " (less with --recompute)")),
+                       + ("" if config.recompute != "none" else " (less with --recompute)")),
             ("time", f"about {duration(plan['seconds'])} on {plan['device']}, from a short trial "
                      "of one layer of the model's shape; looks at held-out data not counted"),
         ]
@@ -199,6 +204,11 @@ def described(facts: dict, config: TrainConfig) -> list[tuple[str, str]]:
     if "fixed" in facts:
         lines.append(("fixed", f"{facts['used']} conversations are in {facts['fixed']}, "
                                f"{len(facts['mended'])} things were mended"))
+        if facts["weights"] != [1]:
+            one = f"name it {facts['fixed']}@{facts['weights'][0]:g}"
+            lines.append(("weights", "none are in a copy: " + (
+                one if len(facts["weights"]) == 1 else "mend files of different weights one by "
+                "one, and name each copy with its own, as in copy.jsonl@0.5")))
     return [(name, visible(text)) for name, text in lines]
 
 
@@ -269,6 +279,13 @@ def measure_calls(flags: argparse.Namespace) -> None:
     config = from_flags(TrainConfig, flags)
     questions = read_questions(config.data, flags.answers, flags.turns == "all")
     model, tokenizer, dialect, base = load(flags)
+    if not knows_dialect(tokenizer, dialect):
+        if flags.adapter:
+            raise UserError(f"{flags.adapter} has no tokens for {dialect} tool calls; leave "
+                            "--dialect out")
+        warn(f"{base} has no tokens for {dialect} tool calls, so they get rows as training starts "
+             "with")
+        add_dialect(model, tokenizer, dialect, "append")
     after = answer(model, tokenizer, dialect, questions, flags)
     reports = {"after": after}
     if flags.before:
@@ -299,7 +316,8 @@ def measure_calls(flags: argparse.Namespace) -> None:
         *(line(name, [report.categories[name] for report in reports.values()])
           for name in after.categories),
         line("all", [report.total for report in reports.values()]),
-        ("mean", " → ".join(f"{report.mean:.3f}" for report in reports.values())
+        ("mean", " → ".join("{:.3f} (95 % {:.3f} to {:.3f})".format(
+            report.mean, *report.mean_interval) for report in reports.values())
          + " over the categories, each counting the same"),
         *((f"wrong {when}".removesuffix(" after"), ", ".join(
             f"{number} {kind}" for kind, number in report.problems.items()) or "none")

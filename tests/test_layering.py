@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("config", "files", "lora", "embedding", "attention", "model", "weights", "tokenizer",
-         "dialects", "chat", "sources", "formats", "readers", "data", "cache", "loss", "trainer",
-         "estimate", "check", "checkpoint", "state", "constrain", "generate", "tools", "compare",
-         "bfcl", "evaluate", "report", "view", "hub", "__main__")
+ORDER = ("config", "files", "linear", "lora", "embedding", "attention", "recompute", "model",
+         "weights", "tokenizer", "jsontext", "notation", "dialects", "chat", "report", "sources",
+         "formats", "readers", "data", "cache", "loss", "trainer", "estimate", "check",
+         "checkpoint", "state", "grammar", "automaton", "constrain", "generate", "tools", "compare",
+         "bfcl", "evaluate", "view", "hub", "bench", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 

@@ -1,0 +1,76 @@
+#!/usr/bin/env bash
+# The whole bench of an accelerator in one go, with nothing but this repository and PyTorch,
+# transformers and peft:
+#
+#     OUT=results bash tests/bench/gpu.sh            every part
+#     bash tests/bench/gpu.sh train decode           only these
+#     SHAPE=tiny bash tests/bench/gpu.sh             a rehearsal, on a CPU too
+#
+# Each part has a time limit of its own (no side begins after half of it, or takes more than a
+# third), and what is done is kept whatever happens to the rest: all results in $OUT/$NAME.json, the
+# table in $OUT/$NAME.md, what went by in $OUT/$NAME.log. DATA and TOKENIZER name conversations and
+# the folder of a tokenizer.model for the part "real" (default: nano's). MOST is the limit of a part
+# in seconds (of "train" and "wide" twice that), WORK a folder to keep checkpoints and batches in.
+set -u
+cd "$(dirname "$0")/../.."
+OUT=$(mkdir -p "${OUT:-tests/bench/results}" && cd "${OUT:-tests/bench/results}" && pwd)
+SHAPE=${SHAPE:-gemma2-2b} LARGE=${LARGE:-gemma2-9b} NAME=${NAME:-gpu} ROUNDS=${ROUNDS:-2}
+WORK=${WORK:-$(mktemp -d)} PYTHON=${PYTHON:-python3} MOST=${MOST:-280}
+DTYPE=bfloat16 T=2048 LONG="16384 32768 65536 131072" NEW=256 PREFILL=2048 COUNT=250 WIDE=64 ROWS=8
+if [ "$SHAPE" = tiny ]; then
+  LARGE=tiny T=64 LONG="128 256" NEW=8 PREFILL=16 COUNT=20 WIDE=4 ROWS=1
+fi
+PARTS=${*:-train wide all real large decode batch prefill load merge steps long profile tests}
+mkdir -p "$WORK/parts"
+
+bench() {  # job, then flags
+  timeout "$MOST" "$PYTHON" tests/bench/compare.py "$@" --dtype $DTYPE --work "$WORK" \
+    --out "$WORK/parts" --limit $((MOST / 3)) --most $((MOST / 2)) >/dev/null
+}
+
+train() { bench train --shape "$SHAPE" --length $T --packed --share 0.2 --rounds "$ROUNDS" "$@"; }
+
+part() {
+  case $1 in
+    # What a peer can do at all is seen with few rows: its logits of all tokens take the memory.
+    train) MOST=$((2 * MOST)) train --batch 2 --steps 6 --rounds 1 --ours plain \
+             --peer eager --peer eager+compile --peer eager+checkpointing \
+             --peer flex_attention --peer flex_attention+compile \
+             --peer flex_attention+checkpointing --peer flex_attention+compile+checkpointing ;;
+    wide) MOST=$((2 * MOST)) train --batch 8 --ours plain --ours compile=off \
+             --ours recompute=cheap --ours recompute=all --ours recompute=offload \
+             --peer flex_attention+checkpointing --peer eager+checkpointing ;;
+    all) bench train --shape "$SHAPE" --length $T --packed --share 1 --batch 8 --peer none \
+             --rounds "$ROUNDS" ;;
+    real) bench packing --shape "$SHAPE" --count $COUNT --batch $ROWS --rounds 1 \
+             --ours plain --ours compile=off --peer eager+checkpointing \
+             ${DATA:+--data "$DATA"} ${TOKENIZER:+--tokenizer "$TOKENIZER"} ;;
+    large) bench train --shape "$LARGE" --length $T --packed --share 0.2 --batch 4 --steps 5 \
+             --rounds 1 --peer none --ours recompute=all --ours recompute=offload ;;
+    long) bench scaling --shape "$SHAPE" --lengths $LONG --tokens 1 --steps 3 \
+             --rounds 1 --ours recompute=all --ours recompute=offload --share 0.2 ;;
+    decode) bench generate --shape "$SHAPE" --batch 1 --new $NEW --rounds "$ROUNDS" \
+             --peer eager --peer eager+static ;;
+    batch) bench generate --shape "$SHAPE" --batch $WIDE --new $NEW --rounds 1 \
+             --peer eager --peer eager+static ;;
+    prefill) bench generate --shape "$SHAPE" --batch 1 --prompt $PREFILL --new 8 --rounds 1 ;;
+    load | merge) bench "$1" --shape "$SHAPE" --rounds 1 ;;
+    steps) train --batch 4 --steps 200 --rounds 1 --peer none ;;
+    profile) bench profile --shape "$SHAPE" --batch 8 --length $T --share 0.2 --rounds 1 ;;
+    tests) [ "$SHAPE" = tiny ] || timeout "$MOST" "$PYTHON" -m pytest tests -q -x ;;
+    *) echo "no part is called $1" >&2; return 2 ;;
+  esac
+}
+
+: >"$OUT/$NAME.log"
+for name in $PARTS; do
+  began=$SECONDS
+  part "$name" >>"$OUT/$NAME.log" 2>&1
+  status=$?
+  case $status in 0) how=done ;; 124) how="cut off after $MOST s" ;; *) how="failed ($status)" ;; esac
+  echo "$name: $how, $((SECONDS - began)) s" | tee -a "$OUT/$NAME.log"
+  [ $status = 0 ] || tail -n 3 "$OUT/$NAME.log" | cut -c 1-300
+  "$PYTHON" tests/bench/compare.py table --out "$WORK/parts" --bundle "$OUT/$NAME.json" \
+    >"$OUT/$NAME.md" 2>>"$OUT/$NAME.log"
+done
+cat "$OUT/$NAME.md"

@@ -1,0 +1,409 @@
+"""What `python -m minilora bench` prints, and what tests/bench/compare.py refuses and shows.
+
+Nothing here looks at how long something took.
+"""
+
+import copy
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from bench import breakdown, compare, make
+from conftest import LAW, tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from minilora import bench
+from minilora.__main__ import main as minilora
+from minilora.config import UserError
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A folder with model/, lora, plain and packed: what compare.py would make."""
+    folder = tmp_path_factory.mktemp("bench")
+    model = ["--model", str(folder / "model")]
+    make.main(["checkpoint", str(folder / "model"), "--shape", "tiny", "--device", "cpu"])
+    make.main(["lora", str(folder / "lora"), *model, "--rank", "4"])
+    size = [*model, "--length", "48", "--steps", "4"]
+    make.main(["batches", str(folder / "plain"), *size])
+    make.main(["batches", str(folder / "packed"), *size, "--packed"])
+    return folder
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command and returns what its one line of JSON says."""
+    def call(main, *words: object) -> dict:
+        capsys.readouterr()
+        main([str(word) for word in words])
+        line, = capsys.readouterr().out.splitlines()
+        return json.loads(line)
+    return call
+
+
+def ours(run, what: str, model: Path, *words: object) -> dict:
+    return run(minilora, "bench", what, model, "--device", "cpu", *words)
+
+
+def theirs(run, *words: object) -> dict:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    from bench import peer
+
+    if peer.DEVICE != "cpu":
+        pytest.skip("the peer runs on the GPU here")
+    return run(peer.main, *words)
+
+
+# --- the figures ----------------------------------------------------------------------------------
+
+MACHINE = {"stack", "dtype", "device", "peak_host_gb", "peak_device_gb"}
+TRAINING = MACHINE | {"attn", "compile", "checkpointing", "step_seconds", "tokens_per_second",
+                      "trained_per_second", "losses", "grad_norms"}
+DECODING = MACHINE | {"static", "prefill_seconds", "decode_tokens_per_second", "ids"}
+
+
+@pytest.mark.parametrize("batches", ["plain", "packed"])
+def test_training_is_what_transformers_and_peft_compute(made, run, batches):
+    # At this rate weight decay, or a rate of its own for B, would show.
+    inputs = [made / "model", made / batches, "--rank", 4, "--seed-lora", made / "lora",
+              "--lr", 1e-2]
+    one = ours(run, "train", *inputs)
+    assert one.keys() >= TRAINING and one["base_unchanged"] and one["adapters_changed"]
+    assert len(one["losses"]) == len(one["grad_norms"]) == 4
+    other = theirs(run, "train", *inputs)
+    assert other.keys() >= TRAINING
+    assert one["losses"] == pytest.approx(other["losses"], abs=1e-4)
+    assert one["grad_norms"] == pytest.approx(other["grad_norms"], rel=1e-4)
+
+
+def test_generation_is_what_transformers_computes(made, run):
+    size = ["--batch", 2, "--prompt", 12, "--new", 9]
+    one = ours(run, "generate", made / "model", *size)
+    assert one.keys() >= DECODING | {"share_of_bound", "matrix_bytes_per_second"}
+    rows = [one["ids"], *one["other_ids"]]
+    assert [len(row) for row in rows] == [9, 9] and rows[0] != rows[1]
+    assert len(set(rows[0])) > 2  # or the ids would show nothing
+    other = theirs(run, "generate", made / "model", *size)
+    assert other.keys() >= DECODING
+    assert rows == [other["ids"], *other["other_ids"]]
+
+
+def test_decoding_does_not_end_at_a_stop_id(made, run, monkeypatch):
+    monkeypatch.setattr(bench, "generate", lambda model, prompts, config, stop_ids: [
+        [1] * config.max_new if not stop_ids else [] for _ in prompts])
+    assert ours(run, "generate", made / "model", "--new", 5)["ids"] == [1] * 5
+
+
+def test_loading(made, run):
+    one = ours(run, "load", made / "model", "--rounds", 2)
+    size = sum(path.stat().st_size for path in (made / "model").glob("*.safetensors"))
+    assert one.keys() >= MACHINE | {"ratio", "host_before_gb", "host_over_weights"}
+    assert len(one["load_seconds"]) == len(one["read_seconds"]) == 2
+    assert one["file_bytes"] == size and size - 10_000 < one["weight_bytes"] < size
+
+
+def test_merging(made, run, tmp_path):
+    one = ours(run, "merge", made / "model", "--rounds", 2, "--scratch", tmp_path)
+    assert one.keys() >= MACHINE | {"ratio", "merge_seconds"}
+    assert len(one["export_seconds"]) == len(one["copy_seconds"]) == 2
+    assert one["copy_bytes"] == pytest.approx(one["export_bytes"], rel=0.01)
+    assert not list(tmp_path.iterdir())
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+def test_positions_count_in_each_document(made):
+    tensors = load_file(made / "packed")
+    assert tensors["positions"].amax(-1).max() < 47  # several documents in every row
+    alone = {name: tensors[name] for name in ("input_ids", "labels", "documents")}
+    save_file(alone, made / "without")
+    for one, other in zip(bench.read_batches(made / "packed"),
+                          bench.read_batches(made / "without"), strict=True):
+        assert torch.equal(one.positions, other.positions)
+
+
+def test_columns_of_padding_are_cut_off(made):
+    """Steps of different widths lie in one file; a step ends where its longest row does."""
+    tensors = load_file(made / "packed")
+    for row, width in ((0, 30), (1, 40)):
+        tensors["documents"][2, row, width:] = 0
+        tensors["labels"][2, row, width:] = -100
+    save_file(tensors, made / "ragged")
+    assert [batch.labels.shape[1] for batch in bench.read_batches(made / "ragged")] == [
+        48, 48, 40, 48]
+
+
+def doctored(change) -> dict:
+    ids = torch.arange(24).view(2, 2, 6)
+    tensors = {"input_ids": ids, "labels": ids.clone(), "documents": torch.ones_like(ids)}
+    change(tensors)
+    return tensors
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda t: t.pop("labels"), "lacks labels; it holds"),
+    (lambda t: t.update(mask=t["labels"].clone()), "unexpected mask"),
+    (lambda t: t.update(labels=t["labels"].int()), r"labels is int32 \[2, 2, 6\]; expected int64"),
+    (lambda t: t.update(labels=t["labels"][:1].clone()), r"labels is int64 \[1, 2, 6\]"),
+    (lambda t: t.update(input_ids=t["input_ids"] - 1), "ids below 0"),
+    (lambda t: t.update(labels=t["labels"].roll(-1, -1)), "labels are not shifted"),
+    (lambda t: t["documents"][0, 0, 3:].zero_(), "on padding"),
+    (lambda t: t["labels"][1].fill_(-100), "step 2 has no trained token"),
+])
+def test_batches_that_cannot_be_used(change, words, tmp_path):
+    save_file(doctored(change), tmp_path / "b")
+    with pytest.raises(UserError, match=words):
+        bench.read_batches(tmp_path / "b")
+
+
+def test_batches_that_are_no_file(tmp_path):
+    (tmp_path / "text").write_text("input_ids")
+    for name in ("text", "nothing", "."):
+        with pytest.raises(UserError, match="not a whole safetensors file"):
+            bench.read_batches(tmp_path / name)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("generate MODEL --new 1", "--new is 1; expected at least 2"),
+    ("generate MODEL --batch 0", "--batch is 0"),
+    ("generate MODEL --prompt 131072", "131072 tokens of the model's context"),
+    ("load MODEL --rounds 0", "--rounds is 0"),
+    ("train MODEL HERE/plain --seed-lora HERE/lora", "lora_A.weight has shape .*--rank"),
+    ("train nano HERE/plain", r"input_ids holds 40\d\d; nano has"),
+])
+def test_mistakes_are_one_line(line, words, made):
+    line = line.replace("MODEL", str(made / "model")).replace("HERE", str(made))
+    with pytest.raises(UserError, match=words):
+        minilora(["bench", *line.split(), "--device", "cpu"])
+
+
+# --- what must not move, and what must ------------------------------------------------------------
+
+@LAW
+@given(st.integers(0, 3), st.integers(0, 63), st.integers(1, 2**16 - 1))
+def test_any_change_of_the_bytes_shows(which, at, flip):
+    tensors = [noisy.to(dtype) for noisy in torch.randn(2, 64, generator=torch.manual_seed(0))
+               for dtype in (torch.float32, torch.bfloat16)]
+    before = bench.byte_sum(tensors)
+    words = tensors[which].view(torch.int16)
+    words[at] ^= flip - 2**15
+    assert (bench.byte_sum(tensors) == before) == (flip == 2**15)
+
+
+def test_bytes_that_changed_places_show(monkeypatch):
+    tensor = torch.arange(2**19, dtype=torch.float32)  # several pieces
+    same, halves = tensor.clone(), tensor.view(2, -1).flip(0).contiguous()
+    assert bench.byte_sum([tensor]) == bench.byte_sum([same]) != bench.byte_sum([halves])
+
+
+@pytest.mark.parametrize("fault", ["base moves", "adapters stay"])
+def test_a_run_says_what_moved(fault, made, run, monkeypatch):
+    step = bench.train_step
+
+    def faulty(model, optimizer, batches, lr, clip):
+        if fault == "base moves":
+            with torch.no_grad():
+                model.layers[1].mlp.up_proj.weight[3, 5] += 1e-3
+        return step(model, optimizer, batches, 0.0 if fault == "adapters stay" else lr, clip)
+
+    monkeypatch.setattr(bench, "train_step", faulty)
+    one = ours(run, "train", made / "model", made / "plain")
+    assert one["base_unchanged"] == (fault != "base moves")
+    assert one["adapters_changed"] == (fault != "adapters stay")
+
+
+def test_no_gradient_is_refused(made, run, monkeypatch):
+    monkeypatch.setattr(bench, "train_step", lambda *_, **__: bench_step(norm=0.0))
+    with pytest.raises(UserError, match="gradient norm is 0 at step 1"):
+        ours(run, "train", made / "model", made / "plain")
+
+
+def bench_step(norm: float):
+    from minilora.trainer import Step
+    return Step(1.0, norm, 10, 5)
+
+
+def test_the_bandwidth_is_of_the_whole_matrix(monkeypatch):
+    """A clock that adds a second at each look: bytes a second are the table's."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr(bench, "now", lambda device: next(ticks))
+    weight = tiny_model().embed_tokens.weight
+    assert bench.matrix_bandwidth(weight) == weight.nbytes
+
+
+@pytest.mark.parametrize("shapes, flops", [
+    ([(4, 5), (5, 6)], 2 * 4 * 5 * 6),
+    ([(2, 3, 5), (6, 5)], 2 * 6 * 5 * 6),          # a linear of two rows of three
+    ([(2, 3, 5), (2, 5, 7)], 2 * 2 * 3 * 5 * 7),   # two products at once
+    ([(4, 5), (5,)], 2 * 4 * 5),
+])
+def test_flops_of_a_product(shapes, flops):
+    assert breakdown.product_flops(shapes) == flops
+
+
+# --- comparing ------------------------------------------------------------------------------------
+
+OURS, PEER, OTHER = "minilora", "transformers + peft, eager", "transformers + peft, sdpa"
+STEP = {"losses": [12.0, 11.0], "grad_norms": [3.0, 2.0], "base_unchanged": True,
+        "adapters_changed": True}
+
+
+def training_runs(**change) -> dict[str, list[dict]]:
+    return {OURS: [STEP, {**STEP, **change}], PEER: [STEP, STEP]}
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(losses=[12.0, 11.002]), "loss 11.002 at step 2, the peer's 11"),
+    (dict(losses=[float("nan"), 11.0]), "not all finite"),
+    (dict(losses=[12.0]), "1 steps, not 2"),
+    (dict(grad_norms=[3.0, 2.01]), "gradient norm 2.01 at step 2"),
+    (dict(grad_norms=[3.0, 0.0]), "not all positive"),
+    (dict(base_unchanged=False), "base's bytes changed"),
+    (dict(adapters_changed=False), "adapters did not change"),
+])
+def test_training_that_disagrees_is_refused(change, words):
+    assert compare.check_training(training_runs(), "float32") == {}
+    with pytest.raises(compare.Refused, match=words):
+        compare.check_training(training_runs(**change), "float32")
+
+
+def test_bfloat16_has_room_for_its_roundings_and_no_more():
+    near = dict(losses=[12.03, 10.97], grad_norms=[3.05, 1.97])
+    assert compare.check_training(training_runs(**near), "bfloat16") == {}
+    with pytest.raises(compare.Refused, match="loss"):
+        compare.check_training(training_runs(**near), "float32")
+    with pytest.raises(compare.Refused, match="loss"):
+        compare.check_training(training_runs(losses=[12.0, 11.2]), "bfloat16")
+
+
+def test_a_peer_that_disagrees_with_the_first_is_left_out():
+    runs = training_runs() | {OTHER: [{**STEP, "losses": [12.0, 9.0]}]}
+    assert "loss 9" in compare.check_training(runs, "float32")[OTHER]
+    assert list(runs) == [OURS, PEER]
+
+
+@pytest.mark.parametrize("dtype, ids, words", [
+    ("float32", [[5, 6, 7], [8, 9, 9]], "row 2 has another id than the peer from token 3 on"),
+    ("float32", [[5, 6, 7]], "1 rows"),
+    ("bfloat16", [[5, 6], [8, 9]], "2 rows of 2 ids"),
+    ("bfloat16", [[5, 6, 7], [8, 9, 9]], None),
+])
+def test_ids_that_disagree_are_refused(dtype, ids, words):
+    runs = {OURS: [{"ids": ids[0], "other_ids": ids[1:]}],
+            PEER: [{"ids": [5, 6, 7], "other_ids": [[8, 9, 10]]}]}
+    if words is None:
+        assert compare.check_ids(runs, dtype) == {}
+        return
+    with pytest.raises(compare.Refused, match=words):
+        compare.check_ids(runs, dtype)
+
+
+def test_sides_run_in_turn_and_one_that_cannot_is_left_out(monkeypatch):
+    order = []
+
+    def fake(title, command, flags):
+        order.append(command[0])
+        if command[0] == "c":
+            raise compare.Refused(f"{title}: out of memory")
+        return {"n": len(order)}
+
+    monkeypatch.setattr(compare, "run", fake)
+    settings = Namespace(rounds=3, most=1e9)
+    runs, left_out = compare.in_turn(settings, {OURS: ["a"], PEER: ["b"], OTHER: ["c"]})
+    assert order == [*"abc", *"ba", *"ab"]
+    assert left_out == {OTHER: "out of memory"} and len(runs[PEER]) == 3
+    with pytest.raises(compare.Refused, match="no side of minilora is left"):
+        compare.in_turn(settings, {OURS: ["c"], PEER: ["b"]})
+    clock = iter(range(100))
+    monkeypatch.setattr(compare.time, "monotonic", lambda: next(clock))
+    runs, left_out = compare.in_turn(Namespace(rounds=3, most=1), {OURS: ["a"], PEER: ["b"]})
+    assert len(runs[OURS]) == 1 and left_out == {PEER: "no time was left"}
+
+
+def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path):
+    """The command as it is, its processes run in this one; a doctored side leaves no file."""
+    pytest.importorskip("peft")
+    from bench import peer
+
+    if peer.DEVICE != "cpu":
+        pytest.skip("the peer runs on the GPU here")
+    mains = {"make.py": make.main, "peer.py": peer.main}
+    lie = {}
+
+    def here(title: str, command: list, flags: Namespace) -> str:
+        capsys.readouterr()
+        script = Path(str(command[1])).name
+        words = list(map(str, command[2:])) if script in mains else list(map(str, command[3:]))
+        mains.get(script, minilora)(words)
+        out = capsys.readouterr().out
+        return json.dumps(json.loads(out) | lie) if script == "-m" else out
+
+    monkeypatch.setattr(compare, "finished", here)
+    line = ["train", "--shape", "tiny", "--device", "cpu", "--length", "32", "--steps", "3",
+            "--rounds", "2", "--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
+    lie["losses"] = [1.0, 1.0, 1.0]
+    with pytest.raises(SystemExit, match="refused: minilora: loss 1 at step 1"):
+        compare.main(line)
+    assert not (tmp_path / "results").exists()
+    lie.clear()
+    compare.main(line)
+    shown = capsys.readouterr().out
+    [file] = (tmp_path / "results").iterdir()
+    found = json.loads(file.read_text())
+    assert len(found["sides"][OURS]["tokens_per_second"]) == 2
+    assert found["versions"].keys() >= {"torch", "transformers", "peft"} and found["cores"] >= 1
+    compare.main(["table", "--out", str(tmp_path / "results")])
+    assert capsys.readouterr().out == shown
+    assert "| 2 × 32 tokens, 25% trained, tiny, float32 | " in shown
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+def stored(job: str, **sides: dict) -> dict:
+    return {"job": job, "shape": "gemma2-2b", "dtype": "bfloat16", "device": "GPU", "cores": 16,
+            "versions": {"torch": "2.11.0"}, "left_out": {"transformers + peft, flex": "no memory"},
+            "settings": dict(batch=8, length=2048, share=0.2, packed=True),
+            "sides": {{"ours": OURS, "eager": PEER, "sdpa": OTHER}[name]: side
+                      for name, side in sides.items()}}
+
+
+def test_table():
+    train = stored("train", ours={"tokens_per_second": [400, 300, 420], "peak_host_gb": [9, 9, 9],
+                                  "peak_device_gb": [3.0, 3.1, 3.0]},
+                   eager={"tokens_per_second": [100, 100, 100], "peak_host_gb": [9, 9, 9],
+                          "peak_device_gb": [6.2, 6.2, 6.2]},
+                   sdpa={"tokens_per_second": [90, 120, 90], "peak_host_gb": [9, 9, 9],
+                         "peak_device_gb": [9, 9, 9]})
+    load = stored("load", ours={"load_seconds": [2.0], "read_seconds": [1.8], "ratio": [1.1],
+                                "host_over_weights": [1.02], "peak_host_gb": [5.0]},
+                  eager={"load_seconds": [5.0], "peak_host_gb": [10.0]})
+    lines = compare.table([load, train, stored("load", ours=load["sides"][OURS])]).splitlines()
+    assert lines[0] == "On GPU, 16 cores, torch 2.11.0:"
+    # The best peer is that of the better median, the ratio that of each round.
+    assert ("| 8 × 2048 tokens, 20% trained, packed, gemma2-2b, bfloat16 | 400 tokens/s | "
+            "100 (eager) | 4 (3–4.2) | 3.1 GB, 0.5 of 6.2 |  |") in lines
+    assert ("| load, gemma2-2b, bfloat16 | 2 s | 5 (eager) | 2.5 (2.5–2.5) | 5 GB, 0.5 of 10 | "
+            "1.1 × reading the files, host peak 1.02 × the weights |") in lines
+    assert any("| 2 s |  |  | 5 GB |" in line for line in lines)  # no peer
+    assert sum("left out: no memory" in line for line in lines) == 3
+
+
+def test_other_lengths_stand_beside_the_first():
+    found = stored("scaling", ours={"step_seconds": [2.0], "peak_host_gb": [5.0]})
+    longer = {"step_seconds": [2.5], "peak_host_gb": [6.0]}
+    found["sides"] = {"minilora, 2 × 256 tokens": found["sides"][OURS],
+                      "minilora, 1 × 512 tokens": longer}
+    lines = compare.table([found]).splitlines()
+    assert ("| a step, 20% trained, gemma2-2b, bfloat16, 1 × 512 tokens | 2.5 s a step | "
+            "2 (minilora, 2 × 256 tokens) | 0.8 (0.8–0.8) | 6 GB, 1.2 of 5 |  |") in lines
+
+
+def test_machines_have_tables_of_their_own():
+    one = stored("load", ours={"load_seconds": [2.0], "peak_host_gb": [5.0]})
+    other = copy.deepcopy(one) | {"device": "another"}
+    assert compare.table([one, other, one]).count("On ") == 2
