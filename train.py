@@ -14,9 +14,7 @@ import argparse
 import dataclasses
 import json
 import re
-import resource
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -37,6 +35,7 @@ from minilora.config import (
     read_settings,
 )
 from minilora.data import batches, column, count_tokens
+from minilora.estimate import host_peak
 from minilora.evaluate import Report, evaluate
 from minilora.files import write_file, write_json
 from minilora.hub import add_push_flags, check_push, model_card, push
@@ -305,8 +304,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory held so far, on the GPU or, without one, by this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return host_peak()
 
 
 if __name__ == "__main__":

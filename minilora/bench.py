@@ -14,10 +14,8 @@ turn on the same inputs, and refuses figures of sides that do not compute the sa
 import argparse
 import json
 import os
-import resource
 import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -41,6 +39,7 @@ from minilora.config import (
     from_flags,
 )
 from minilora.data import IGNORED, Batch
+from minilora.estimate import host_peak
 from minilora.files import read_tensors
 from minilora.generate import generate
 from minilora.linear import product
@@ -372,16 +371,17 @@ def now(device: torch.device) -> float:
 
 def peaks(device: torch.device) -> dict[str, float | None]:
     """The most memory held so far, in GiB: by this process, and by PyTorch on its GPU."""
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     on_gpu = torch.cuda.max_memory_allocated(device) / GB if device.type == "cuda" else None
-    return {"peak_host_gb": round(host / GB, 3),
+    return {"peak_host_gb": round(host_peak() / GB, 3),
             "peak_device_gb": None if on_gpu is None else round(on_gpu, 3)}
 
 
 def attention_name(model: Gemma, ids: Tensor) -> str:
     """The attention of a training step on ids [B, T], in transformers' words where it has one."""
-    if flex_fits(model.embed_tokens.weight.device, model.config.head_dim, ids.shape[1]):
+    device = model.embed_tokens.weight.device
+    if device.type == "cpu":
+        return "blocks"
+    if flex_fits(device, model.config.head_dim, ids.shape[1]):
         return "flex_attention"
     return "sdpa" if model.config.attn_logit_softcapping is None else "dense"
 

@@ -15,6 +15,8 @@ The layer is not compiled for this. Compiled layers, on a GPU, keep less and are
 """
 
 import dataclasses
+import resource
+import sys
 import time
 
 import torch
@@ -134,3 +136,9 @@ def _seconds_per_token(model: Gemma, rows: int, length: int, config: TrainConfig
             length = min(2 * length, config.length)
         else:
             rows = min(2 * rows, config.batch)
+
+
+def host_peak() -> int:
+    """The most memory that this process has held so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -133,7 +133,7 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--steps", type=int, help="steps of a run (default: the recipe's)")
-    parser.add_argument("--questions", type=int, default=300, help="held-out questions to answer")
+    parser.add_argument("--questions", type=int, default=240, help="held-out questions to answer")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
     flags = parser.parse_args()
     settings = read_settings(NANO / "recipe.json", LoraConfig, TrainConfig)
