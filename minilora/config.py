@@ -339,7 +339,8 @@ class GenerateConfig:
     top_k: int = setting(0, "draw only from the k likeliest tokens (0: all)")
     top_p: float = setting(1.0, "draw only from the likeliest tokens that sum to this share")
     seed: int = setting(0, "of the draws")
-    constrained: bool = setting(False, "only calls that can be read and fit the tools' schemas")
+    constrained: bool = setting(False, "only calls that can be read and fit the tools' schemas "
+                                "(but for patterns, lengths and ranges of floats)")
 
     def __post_init__(self) -> None:
         if self.max_new < 1:

@@ -407,3 +407,8 @@ def test_machines_have_tables_of_their_own():
     one = stored("load", ours={"load_seconds": [2.0], "peak_host_gb": [5.0]})
     other = copy.deepcopy(one) | {"device": "another"}
     assert compare.table([one, other, one]).count("On ") == 2
+
+
+def test_the_readme_s_table_is_that_of_the_results():
+    results = compare.read_results(compare.HERE / "results")
+    assert compare.table(results) in (compare.ROOT / "README.md").read_text()

@@ -22,6 +22,7 @@ from test_hub import FakeHub
 
 from minilora import hub
 from minilora.__main__ import main as minilora
+from minilora.nano import learning
 from minilora.report import read_metrics, run_command
 
 ROOT = Path(__file__).parents[1]
@@ -448,3 +449,22 @@ def test_the_command_that_prints_the_readme_s_table():
                           text=True)
     assert done.returncode == 0, done.stdout
     assert "| logits, float32, merged | minilora, unmerged |" in done.stdout
+
+
+BENCH = ROOT / "tests/bench"
+
+
+def test_the_benchmark_of_learning(tmp_path, monkeypatch, capfd):
+    """The README's command, on one short run; its table and picture are those of the results."""
+    command = re.search(r"`python -m minilora.nano.learning (.*?)`", README)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(learning, "runs", lambda lora, config: {"recipe": (lora, config)})
+    monkeypatch.setattr(sys, "argv", ["learning", *command[1].split(), "--steps", "6",
+                                      "--questions", "2", "--workers", "1"])
+    assert run_command(learning.main) == 0
+    found = {path.name for path in (tmp_path / "runs/learning").iterdir()}
+    assert found == {"learning.json", "learning.png"}
+    kept = json.loads((BENCH / "learning.json").read_text())
+    assert learning.markdown(kept["curves"]) in README
+    assert "(tests/bench/learning.png)" in README and (BENCH / "learning.png").exists()
+    assert capfd.readouterr().out.startswith("| the recipe with | step 1 |")

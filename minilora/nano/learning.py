@@ -103,8 +103,8 @@ def markdown(curves: dict[str, list[dict]]) -> str:
              + " | no tool needed |", "| --- |" + " --- |" * (len(steps) + 1)]
     for name, points in curves.items():
         shares = [point["calls"] for point in points] + [points[-1]["no_tool"]]
-        lines.append(f"| {name} | " + " | ".join(f"{right / total:.2f}" for right, total in shares)
-                     + " |")
+        lines.append(f"| {name} | " + " | ".join(f"{right / total:.2f}" if total else "none asked"
+                                                 for right, total in shares) + " |")
     return "\n".join(lines)
 
 
@@ -114,17 +114,17 @@ def draw(curves: dict[str, list[dict]], picture: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     for number, (name, points) in enumerate(curves.items()):
         axes.plot([point["step"] for point in points],
-                  [point["calls"][0] / point["calls"][1] for point in points],
+                  [point["calls"][0] / max(1, point["calls"][1]) for point in points],
                   "o-", linewidth=3 if number == 0 else 1.5, markersize=4, label=name)
-    axes.set(xlabel="optimizer step", ylabel="calls right (name and every argument)", ylim=(0, 1),
-             title="Tool calls learned by the nano base, on names and values it never saw")
+    figure.suptitle("Tool calls learned by the nano base, on names and values it never saw")
+    axes.set(xlabel="optimizer step", ylabel="calls right (name and every argument)", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(picture, dpi=120)
+    figure.savefig(picture, dpi=100)
     return True
 
 
