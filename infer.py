@@ -30,7 +30,14 @@ from minilora.chat import (
     stop_ids,
 )
 from minilora.checkpoint import adapter_base, knows_dialect, open_model
-from minilora.config import GenerateConfig, TrainConfig, UserError, add_flags, from_flags
+from minilora.config import (
+    GenerateConfig,
+    Parser,
+    TrainConfig,
+    UserError,
+    add_flags,
+    from_flags,
+)
 from minilora.constrain import Constraint, Vocabulary
 from minilora.dialects import DIALECTS
 from minilora.files import write_file
@@ -151,8 +158,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", help="a question (default: a chat, line by line)")
     parser.add_argument("--model", help="checkpoint folder or hub id (default: the adapter's base)")
     parser.add_argument("--adapter", help="run folder or adapter folder, peft's included (default "

@@ -27,6 +27,7 @@ from minilora.checkpoint import export_merged, save_adapter
 from minilora.config import (
     NANO,
     LoraConfig,
+    Parser,
     TrainConfig,
     UserError,
     add_flags,
@@ -218,8 +219,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, allow_abbrev=False,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add_flags(parser, TrainConfig, LoraConfig)
     parser.add_argument("--config", metavar="FILE", help="settings from a file, such as the "
                         "config.json of a run folder; flags come before them")

@@ -35,6 +35,7 @@ from minilora.checkpoint import (
 from minilora.config import (
     GenerateConfig,
     LoraConfig,
+    Parser,
     TrainConfig,
     UserError,
     add_flags,
@@ -57,8 +58,8 @@ from minilora.weights import locate, placement, read_config
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m minilora", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="python -m minilora", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     check = commands.add_parser("validate", help="check data, mend it, say what a run on it needs")

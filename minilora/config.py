@@ -11,6 +11,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 NANO = Path(__file__).parent / "nano"  # the built-in base; `nano` wherever a model is asked for
 
@@ -354,6 +355,17 @@ class GenerateConfig:
 
 
 # --- flags ----------------------------------------------------------------------------------------
+
+class Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, as everything here does, and not after its usage.
+
+    `run_command` prints the UserError.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message.removeprefix('argument ')}; {self.prog} --help lists what there "
+                        "is")
+
 
 def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())

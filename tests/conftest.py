@@ -6,6 +6,8 @@ And what they measure: differences from other implementations, held to a bar and
 import importlib.metadata
 import math
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -152,12 +154,32 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 _MEASURED = pytest.StashKey[Measurements]()
+_TRIED = pytest.StashKey[Counter]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", action="store_true",
                      help="print what was measured as a Markdown table; the README's is that of "
                           "pytest tests/test_parity.py tests/test_checkpoint.py --table")
+    parser.addoption("--thorough", action="store_true",
+                     help="try as many cases as the README's table of reliability says, where the "
+                          "suite tries fewer for the sake of time")
+
+
+@pytest.fixture
+def cases(pytestconfig) -> Callable[[int, int], int]:
+    """`cases(few, many)`: how many to try, `many` with `--thorough`."""
+    return lambda few, many: many if pytestconfig.getoption("thorough") else few
+
+
+@pytest.fixture
+def tried(pytestconfig) -> Callable[[str, int], None]:
+    """`tried(what, count)` counts, for `--table`, the cases that a test tried and found good.
+
+    Those of tests that say the same `what` are added up to one row.
+    """
+    counter = pytestconfig.stash.setdefault(_TRIED, Counter())
+    return lambda what, count: counter.update({what: count})
 
 
 @pytest.fixture
@@ -167,7 +189,14 @@ def measure(pytestconfig) -> Measurements:
 
 
 def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
-    if not config.getoption("table") or _MEASURED not in config.stash:
+    if not config.getoption("table"):
+        return
+    if _TRIED in config.stash:
+        terminalreporter.section("tried")
+        for line in ["| what | cases |", "| --- | --- |", *(
+                f"| {what} | {count:,} |" for what, count in config.stash[_TRIED].items())]:
+            terminalreporter.write_line(line)
+    if _MEASURED not in config.stash:
         return
     terminalreporter.section("measured")
     terminalreporter.write_line(config.stash[_MEASURED].table())

@@ -74,6 +74,21 @@ def rows(count: int) -> list[dict]:
     return sorted(chosen, key=lambda row: "tool_calls" not in row["messages"][1])[:count]
 
 
+@pytest.mark.parametrize("line, of", [
+    ("train.py --recompute most", "--recompute: invalid choice: 'most'"),
+    ("train.py --steps many", "--steps: invalid int value: 'many'"),
+    ("train.py --stepps 3", "--stepps 3"),
+    ("infer.py --top-k few", "--top-k"),
+    ("-m minilora", "COMMAND"),
+    ("-m minilora evaluate", "'evaluate'"),
+    ("-m minilora bench train", "MODEL, BATCHES.safetensors"),
+])
+def test_a_wrong_flag_is_one_line(call, line, of):
+    """argparse's own way is twenty lines of usage, and the mistake under them."""
+    status, _, error = call(f"python {line}")
+    one_line(status, error, of, "--help")
+
+
 def write_rows(path: Path, data: list) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in data))
 

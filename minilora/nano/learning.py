@@ -19,7 +19,7 @@ import torch
 
 from minilora.bfcl import ask
 from minilora.cache import Dataset, load_examples
-from minilora.config import NANO, LoraConfig, TrainConfig, from_flags, read_settings
+from minilora.config import NANO, LoraConfig, Parser, TrainConfig, from_flags, read_settings
 from minilora.evaluate import Share, evaluate
 from minilora.files import write_json
 from minilora.lora import attach
@@ -129,8 +129,7 @@ def draw(curves: dict[str, list[dict]], picture: Path) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder to write into")
     parser.add_argument("--steps", type=int, help="steps of a run (default: the recipe's)")
     parser.add_argument("--questions", type=int, default=240, help="held-out questions to answer")
