@@ -2,6 +2,7 @@
 
 Read it in this order; a file imports only from those above it.
 
+    jsontext.py     JSON as text, read strictly
     config.py       every setting and its default: Gemma's shape, LoRA, a run, decoding
     files.py        files and folders, whole or not at all
     linear.py       x Wᵀ by the fastest kernel that PyTorch has for it
@@ -12,7 +13,6 @@ Read it in this order; a file imports only from those above it.
     model.py        Gemma 1, 2 and 3, from RMSNorm to hidden states
     weights.py      safetensors to model, strict both ways; the hub
     tokenizer.py    SentencePiece and new tokens; text never turns into control tokens
-    jsontext.py     JSON as text, read strictly
     notation.py     what a dialect is: tokens, blocks, how calls are written and read again
     dialects.py     Hermes, Mistral, FunctionGemma: a table for each
     chat.py         conversations and tools to ids with a kind each; replies to tool calls
@@ -26,6 +26,7 @@ Read it in this order; a file imports only from those above it.
     trainer.py      new rows, schedule, optimizer step, held-out loss
     estimate.py     what a run will need, told from the model's shape
     check.py        bad rows, what the others hold, a mended copy
+    patterns.py     which linears an adapter of peft means
     checkpoint.py   adapters in peft's layout, merged export
     state.py        all that a run needs to go on
     grammar.py      what a reply may be: a dialect and JSON schemas as a grammar

@@ -8,18 +8,32 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from minilora.jsontext import MAX_DEPTH, STRICT, TOO_DEEP, check_value
+
+MOST_BYTES = 2**26  # of a file that is read at once; Gemma 3's tokenizer.json has 2**25
 NANO = Path(__file__).parent / "nano"  # the built-in base; `nano` wherever a model is asked for
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DTYPES = ("auto", "float32", "bfloat16")  # of a base
 
 
 class UserError(ValueError):
-    """A user's mistake, told in one line: what is wrong, where, and what to do about it."""
+    """A user's mistake, told in one line: what is wrong, where, and what to do about it.
+
+    What it quotes may come from any file: line breaks are told as \\n, and of a very long line the
+    middle is left out.
+    """
+
+    def __init__(self, message: str) -> None:
+        line = r"\n".join(message.splitlines())
+        super().__init__(line if len(line) < 2000 else f"{line[:1200]} … {line[-600:]}")
 
 
 def builtin(source: str | Path) -> Path:
@@ -30,23 +44,70 @@ def builtin(source: str | Path) -> Path:
     return path
 
 
-def read_json(path: str | Path) -> object:
-    """The JSON value in a file. Raises UserError with file, line and what is wrong there."""
+def check_file(path: str | Path, linked: bool = False) -> None:
+    """Refuses what is no plain file, such as a pipe, which could be read for ever; and a link out
+    of its folder, by which a folder that somebody else made could name any file of the machine.
+
+    The hub's cache, whose snapshots/ID/ hold links to blobs/, is one folder. `linked`: the user
+    named this very file, which may be a link to anywhere. Raises UserError.
+    """
     try:
-        return json.loads(Path(path).read_bytes().decode("utf-8"))
+        plain = stat.S_ISREG(os.stat(path).st_mode)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if not plain:
+        raise UserError(f"{path}: cannot be read: it is no plain file; put the file itself there")
+    file, home = (Path(os.path.realpath(each)) for each in (path, Path(path).parent))
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not linked and not file.is_relative_to(home) and file.parent != blobs:
+        raise UserError(f"{path}: is a link that leaves the folder, to {file}; put the file itself "
+                        "there")
+
+
+def read_file(path: str | Path, linked: bool = False) -> bytes:
+    """The bytes of a plain file (see `check_file`). Raises UserError past MOST_BYTES of them."""
+    check_file(path, linked)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > MOST_BYTES:
+                raise UserError(f"{path}: has {size} bytes, which is no such file; download it "
+                                "again")
+            return file.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def read_json(path: str | Path, linked: bool = False) -> object:
+    """The JSON value in a plain file (see `check_file`), as strict as `jsontext.load_json`.
+
+    Raises UserError with file, line and what is wrong there.
+    """
+    try:
+        value = STRICT.decode(read_file(path, linked).decode("utf-8"))
+        check_value(value)
+        return value
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
-        raise UserError(f"{path}: JSON nested too deeply to read") from None
+        raise UserError(f"{path}: {TOO_DEEP.format(MAX_DEPTH)}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 # --- Gemma ----------------------------------------------------------------------------------------
 
 FAMILIES = ("gemma", "gemma2", "gemma3_text")
+# What a config.json may ask for, several times what any Gemma has: so that a size multiplied by two
+# others is still one that a tensor can have, and a model can be laid out without memory in an
+# instant. Whether its tensors are there is seen before any of them gets memory.
+MOST_ROWS, MOST_LAYERS = 10**6, 256
 
 # What a published config.json may leave out, because the family's own default says it: transformers
 # `configuration_gemma.py`, `configuration_gemma2.py` and `configuration_gemma3.py`.
@@ -118,14 +179,8 @@ class GemmaConfig:
                 if key in raw and family != "gemma"}
         merged = {**_FAMILY_DEFAULTS[family], **given, **caps}
 
-        def number(key: str, kind: type = int, low: float = 1) -> float:
-            value = merged.get(key)
-            good = isinstance(value, int) if kind is int else isinstance(value, int | float)
-            if isinstance(value, bool) or not good or not low <= value < math.inf:
-                what = "a whole number" if kind is int else "a number"
-                raise UserError(f"{source}: {key} is {value!r}; expected {what}"
-                                + (f" of at least {low}" if low > 0 else ""))
-            return kind(value)
+        def number(key: str, kind: type = int, low: float = 1, high: float = MOST_ROWS) -> float:
+            return _number(merged.get(key), key, source, kind, low, high)
 
         if family == "gemma":
             merged.setdefault("query_pre_attn_scalar", merged["head_dim"])
@@ -140,7 +195,7 @@ class GemmaConfig:
                 raise UserError(f"{source}: {key} is set; no published Gemma chat model has it")
         if merged.get("tie_word_embeddings", True) is not True:
             raise UserError(f"{source}: tie_word_embeddings is off; Gemma's embedding is tied")
-        layers = number("num_hidden_layers")
+        layers = number("num_hidden_layers", high=MOST_LAYERS)
         layer_types = _layer_types(merged, family, layers, source)
         windowed = "sliding_attention" in layer_types
         config = cls(
@@ -154,10 +209,10 @@ class GemmaConfig:
             head_dim=number("head_dim"),
             query_pre_attn_scalar=number("query_pre_attn_scalar", float, 1e-9),
             rms_norm_eps=number("rms_norm_eps", float, 0),
-            max_position_embeddings=number("max_position_embeddings"),
+            max_position_embeddings=number("max_position_embeddings", high=2**31),
             **_rope(merged, family, source),
             layer_types=layer_types,
-            sliding_window=number("sliding_window") if windowed else None,
+            sliding_window=number("sliding_window", high=2**31) if windowed else None,
             attn_logit_softcapping=(None if merged.get("attn_logit_softcapping") is None
                                     else number("attn_logit_softcapping", float, 1e-9)),
             final_logit_softcapping=(None if merged.get("final_logit_softcapping") is None
@@ -171,17 +226,30 @@ class GemmaConfig:
         return config
 
 
+def _number(value: object, key: str, source: str, kind: type = float, low: float = 1e-9,
+            high: float = 1e9) -> float:
+    """A number of a config.json. Raises UserError that names it."""
+    good = type(value) is int or (kind is float and type(value) is float)
+    if not good or not low <= value <= high:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{source}: {key} is {value!r}; expected {what} of at least {low} and at "
+                        f"most {high:g}")
+    return kind(value)
+
+
 def _layer_types(raw: dict, family: str, layers: int, source: str) -> tuple[str, ...]:
     """Which layers look through a window. Gemma 2: every other one; Gemma 3: five to one."""
     types = raw.get("layer_types")
     if types is None:
         # Older configs leave the pattern to the code: transformers `configuration_gemma2.py` and
         # `configuration_gemma3.py`, where layer i is global if (i + 1) is a multiple of the period.
-        period = {"gemma": 1, "gemma2": 2, "gemma3_text": raw.get("sliding_window_pattern", 6)}
+        period = {"gemma": 1, "gemma2": 2, "gemma3_text": _number(
+            raw.get("sliding_window_pattern", 6), "sliding_window_pattern", source, int, 1)}
         types = ["full_attention" if (i + 1) % period[family] == 0 else "sliding_attention"
                  for i in range(layers)]
-    known = {"sliding_attention", "full_attention"}
-    if not isinstance(types, list) or len(types) != layers or not known.issuperset(types):
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(
+            each not in known for each in types):
         raise UserError(f"{source}: layer_types must list sliding_attention or full_attention for "
                         f"each of the {layers} layers")
     return tuple(types)
@@ -189,13 +257,17 @@ def _layer_types(raw: dict, family: str, layers: int, source: str) -> tuple[str,
 
 def _rope(raw: dict, family: str, source: str) -> dict[str, float]:
     """Rotation bases from `rope_parameters` (transformers 5) or the older flat keys."""
+    def part(raw: dict, key: str, default: dict | None = None) -> dict:
+        value = raw.get(key) or default or {}
+        if not isinstance(value, dict):
+            raise UserError(f"{source}: {key} must be an object")
+        return value
+
     flat = {"rope_theta": raw.get("rope_theta", 1_000_000.0 if family == "gemma3_text" else 1e4),
-            "rope_type": "default", **(raw.get("rope_scaling") or {})}
-    new = raw.get("rope_parameters") or {}
-    if not isinstance(new, dict):
-        raise UserError(f"{source}: rope_parameters must be an object")
-    whole = {**flat, **(new.get("full_attention", {} if "sliding_attention" in new else new))}
-    local = new.get("sliding_attention") or {}
+            "rope_type": "default", **part(raw, "rope_scaling")}
+    new = part(raw, "rope_parameters")
+    whole = {**flat, **part(new, "full_attention", None if "sliding_attention" in new else new)}
+    local = part(new, "sliding_attention")
     theta = whole["rope_theta"]
     local_theta = local.get("rope_theta", raw.get("rope_local_base_freq",
                                                   1e4 if family == "gemma3_text" else theta))
@@ -208,12 +280,9 @@ def _rope(raw: dict, family: str, source: str) -> dict[str, float]:
         raise UserError(f"{source}: rope_type is {odd!r}; published Gemmas use default, and Gemma "
                         "3 linear on its global layers")
     factor = whole.get("factor", 1.0) if kind == "linear" else 1.0
-    for key, value in (("rope_theta", theta), ("rope_local_base_freq", local_theta),
-                       ("rope factor", factor)):
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{source}: {key} is {value!r}; expected a positive number")
-    return dict(rope_theta=float(theta), rope_local_theta=float(local_theta),
-                rope_factor=float(factor))
+    return dict(rope_theta=_number(theta, "rope_theta", source),
+                rope_local_theta=_number(local_theta, "rope_local_base_freq", source),
+                rope_factor=_number(factor, "rope factor", source))
 
 
 # --- a run ----------------------------------------------------------------------------------------
@@ -221,6 +290,13 @@ def _rope(raw: dict, family: str, source: str) -> dict[str, float]:
 def setting(default: object, help: str, choices: tuple[str, ...] | None = None):
     """A dataclass field that is also a flag: its default, the flag's help, and what it may be."""
     return field(default=default, metadata={"help": help, "choices": choices})
+
+
+def check_dtype(dtype: str) -> None:
+    """Refuses what is not one of DTYPES. Raises UserError."""
+    if dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; expected one of {', '.join(DTYPES)} (float16 ends at "
+                        "65504, which Gemma's activations exceed: use bfloat16)")
 
 
 @dataclass(frozen=True)
@@ -291,8 +367,8 @@ class TrainConfig:
     weight_decay: float = setting(0.0, "AdamW's decay of A and B")
     clip: float = setting(1.0, "largest gradient norm (0: no clipping)")
     seed: int = setting(0, "of A, data order and dropout")
-    dtype: str = setting("auto", "of the base: auto is bfloat16 on a GPU, float32 on a CPU",
-                         ("auto", "float32", "bfloat16"))
+    dtype: str = setting("auto", "of the base: float32 or bfloat16; auto is bfloat16 on a GPU, "
+                         "float32 on a CPU; float16 would overflow")
     device: str = setting("auto", "auto is the GPU where there is one; else cpu, cuda, cuda:1 …")
     compile: str = setting("auto", "compile the layers: auto does on a GPU, where the first step "
                            "then takes a minute and the others less", ("auto", "on", "off"))
@@ -317,13 +393,15 @@ class TrainConfig:
         def at_least(low: float, *names: str) -> None:
             for name in names:
                 value = getattr(self, name)
-                if not math.isfinite(value) or value < low:
-                    raise UserError(f"{name} is {value}; expected at least {low}")
+                if not low <= value < 2**63:
+                    raise UserError(f"{name} is {value}; expected at least {low}, and a number "
+                                    "that fits in 64 bits")
 
+        check_dtype(self.dtype)
         at_least(1, "batch", "accumulate")
         at_least(8, "length")
         at_least(0, "steps", "epochs", "lr", "lr_ratio", "warmup", "weight_decay", "clip",
-                 "eval_every", "eval_share", "eval_calls", "save_every")
+                 "eval_every", "eval_share", "eval_calls", "save_every", "seed")
         for name in ("warmup", "eval_share"):
             if getattr(self, name) >= 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it is a share, less than 1")
@@ -402,9 +480,10 @@ def from_flags(cls: type, flags: argparse.Namespace, settings: dict | None = Non
 def read_settings(path: str | Path, *classes: type) -> dict:
     """Settings from a JSON file, as `config.json` of a run folder holds them, checked by type.
 
-    Raises UserError naming the file and the key that no dataclass has or whose type is wrong.
+    Raises UserError naming the file and the key that no dataclass has, whose type is wrong, or
+    whose value the dataclass refuses.
     """
-    raw = read_json(path)
+    raw = read_json(path, linked=True)
     if not isinstance(raw, dict):
         raise UserError(f"{path}: expected a JSON object of settings")
     fields = {item.name: item for cls in classes for item in dataclasses.fields(cls)}
@@ -415,12 +494,18 @@ def read_settings(path: str | Path, *classes: type) -> dict:
         default, choices = fields[key].default, fields[key].metadata["choices"]
         if key == "recompute" and isinstance(value, bool):  # as runs wrote it before it had steps
             value = "all" if value else "none"
-        if isinstance(default, tuple) and isinstance(value, list):
+        if isinstance(default, tuple) and isinstance(value, list) and all(
+                isinstance(word, str) for word in value):
             value = tuple(value)
-        if type(default) is float and type(value) is int:
+        if type(default) is float and type(value) is int and abs(value) < 2**63:
             value = float(value)
         if type(value) is not type(default) or (choices and value not in choices):
             wanted = " or ".join(choices) if choices else type(default).__name__
             raise UserError(f"{path}: {key} is {value!r}; expected {wanted}")
         settings[key] = value
+    try:
+        for cls in classes:
+            from_flags(cls, argparse.Namespace(), settings)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     return settings

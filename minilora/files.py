@@ -3,7 +3,8 @@
 A file is written aside, flushed to the disk and only then renamed. A folder is filled as
 `.adapter.new` and renamed likewise; the one that it replaces is called `.adapter.old` between two
 renames: whoever reads in that instant, or after a crash in it, reads that one. So no reader meets
-what is half written. Nothing is pickled.
+what is half written. What a process that was killed has left aside, the next write of the same name
+deletes; of two that live, a lock keeps the second out of a folder. Nothing is pickled.
 """
 
 import contextlib
@@ -11,16 +12,25 @@ import fnmatch
 import json
 import math
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minilora.config import UserError, read_json
+from minilora.config import UserError, check_file, read_json
+from minilora.jsontext import load_json
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 FORMAT = 1  # of minilora.json and state.json
 BLOCK = 2**22  # bytes read, merged or written at a time: few enough to stay in the cache
@@ -36,17 +46,27 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         yield aside
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
+        _sync(aside)
         os.replace(aside, path)
+        _sync(path.parent)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error}); free the disk or choose another "
-                        "folder") from None
+        raise _refusal(path, error) from None
     finally:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            for other in path.parent.iterdir():  # also those of processes that were killed
+                if _is_aside(other.name, path.name):
+                    other.unlink()
+
+
+def _is_aside(name: str, of: str) -> bool:
+    """Whether a file's name is that under which `replacing` writes `of`, in whichever process."""
+    return re.fullmatch(rf"\.{re.escape(of)}\.\d+", name) is not None
+
+
+def _refusal(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder")
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -63,41 +83,115 @@ def replacing_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
     and where `folder` holds something else than `files` (names or patterns), which would be lost.
     """
     folder = Path(folder).resolve()
-    new, old = (folder.with_name(f".{folder.name}.{age}") for age in ("new", "old"))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        if not folder.exists() and old.exists():  # a write was cut off between its two renames
-            os.rename(old, folder)
-        for path in sorted(folder.iterdir()) if folder.exists() else []:
-            if not any(fnmatch.fnmatchcase(path.name, name) for name in files):
-                raise UserError(f"{folder}: holds {path.name}, which would be lost; choose another "
-                                "folder, or move it away")
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        new.mkdir()
-        yield new
-        for path in new.iterdir():
-            path.chmod(new.stat().st_mode & 0o666)  # safetensors gives the owner alone a right
-            _sync(path)
-        _sync(new)
-        if folder.exists():
-            os.rename(folder, old)
-        os.rename(new, folder)
-        _sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{folder}: cannot be written ({error}); free the disk or choose another "
-                        "folder") from None
-    finally:
-        if not folder.exists() and old.exists():
-            os.rename(old, folder)
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    new, old, lock = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old", "lock"))
+    with alone(lock, folder):
+        try:
+            if not folder.exists() and old.exists():  # a write was cut off between its two renames
+                os.rename(old, folder)
+            check_replaceable(folder, files)
+            for leftover in (new, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            new.mkdir()
+            yield new
+            for path in new.iterdir():
+                if path.is_file():  # to which safetensors gives the owner alone a right
+                    path.chmod(new.stat().st_mode & 0o666)
+                _sync(path)
+            _sync(new)
+            if folder.exists():
+                os.rename(folder, old)
+            os.rename(new, folder)
+            _sync(folder.parent)
+        except (OSError, SafetensorError) as error:
+            raise _refusal(folder, error) from None
+        finally:
+            with contextlib.suppress(OSError):
+                if not folder.exists() and old.exists():
+                    os.rename(old, folder)
+            shutil.rmtree(new, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(folder: Path, files: Sequence[str]) -> None:
+    """Refuses a folder that holds something else than `files` (names or patterns)."""
+    for path in sorted(folder.iterdir()) if folder.exists() else []:
+        if not any(fnmatch.fnmatchcase(path.name, name) or path.name == f".{name}.lock"
+                   or _is_aside(path.name, name) for name in files):
+            raise UserError(f"{folder}: holds {path.name}, which would be lost; choose another "
+                            "folder, or move it away")
 
 
 def current(folder: Path) -> Path:
-    """`folder`, or what it replaces where a write was cut off between its two renames."""
-    old = folder.with_name(f".{folder.name}.old")
-    return old if not folder.exists() and old.exists() else folder
+    """`folder`, or what it replaces where a write was cut off between its two renames: of it, or of
+    a folder that it is in.
+    """
+    if folder.exists() or not folder.name:
+        return folder
+    old, inside = folder.with_name(f".{folder.name}.old"), current(folder.parent) / folder.name
+    return next((path for path in (old, inside) if path.exists()), folder)
+
+
+@contextlib.contextmanager
+def alone(lock: Path, folder: Path) -> Iterator[None]:
+    """Keeps other processes out of `folder`, by the file `lock`, until the block ends.
+
+    The system lets go of the lock when the process ends, however it ends: a file that a dead one
+    has left keeps nobody out. Nor does one on a file system without locks, as NFS can be. Raises
+    UserError, with the other's number, where another process is in; and where the disk refuses.
+    """
+    while True:
+        try:
+            make_folder(lock.parent)
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise _refusal(folder, error) from None
+        if not _lock(handle):
+            who = os.read(handle, 1000).decode(errors="replace") or "another process"
+            os.close(handle)
+            raise UserError(f"{folder}: {who} is at work there; wait until it has ended, or choose "
+                            "another folder")
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(handle), os.stat(lock)):
+                break
+        os.close(handle)  # who had it has just deleted it
+    try:
+        with contextlib.suppress(OSError):  # a full disk, say, of which others will tell
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        try:
+            lock.unlink()
+        except OSError:  # Windows deletes no open file
+            pass
+        finally:
+            os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    """Locks an open file unless another process has: whether none has."""
+    try:
+        if os.name == "nt":
+            os.lseek(handle, 2**20, os.SEEK_SET)  # what is locked cannot be read: not the text
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+            finally:
+                os.lseek(handle, 0, os.SEEK_SET)
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # the file system has no locks
+        pass
+    return True
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder, and before it those above it that are missing; all are on the disk then."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _sync(folder.parent)
 
 
 def _sync(path: Path) -> None:
@@ -164,17 +258,55 @@ def read_own(path: Path, **kinds: type) -> dict:
     return value
 
 
-def read_tensors(path: Path, shapes: dict[str, list[int]], hint: str) -> dict[str, Tensor]:
-    """Exactly the tensors that `shapes` names, in those shapes."""
+class Stored(NamedTuple):
+    """A tensor of a safetensors file: under which name, in which file, from which byte on."""
+    key: str
+    path: Path
+    dtype: str
+    shape: list[int]
+    start: int
+
+
+def read_headers(path: Path, hint: str) -> list[Stored]:
+    """What a safetensors file holds, by name; nothing is allocated but for its header.
+
+    The package checks that all of it is sound: that the sizes are those of the shapes, that the
+    file ends where the last tensor does, that none overlaps another. Of two tensors of one name it
+    takes the last; here they are refused. Raises UserError.
+    """
+    check_file(path)
     try:
-        tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error}); {hint}") from None
-    for name in sorted(shapes.keys() ^ tensors.keys()):
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = load_json(file.read(size).decode())
+    except (SafetensorError, OSError, ValueError, MemoryError) as error:
+        raise torn(path, error, hint) from None
+    header.pop("__metadata__", None)
+    return [Stored(key, path, part["dtype"], part["shape"], 8 + size + part["data_offsets"][0])
+            for key, part in sorted(header.items())]
+
+
+def torn(path: Path, reason: object, hint: str) -> UserError:
+    return UserError(f"{path}: not a whole safetensors file ({reason}); {hint}")
+
+
+def read_tensors(path: Path, shapes: dict[str, list[int]], hint: str,
+                 others: dict[str, str] | None = None) -> dict[str, Tensor]:
+    """Exactly the tensors that `shapes` names, in those shapes, as floats or the dtype that
+    `others` gives for the start of a name. Raises UserError, and then has read none.
+    """
+    headers = {tensor.key: tensor for tensor in read_headers(path, hint)}
+    for name in sorted(shapes.keys() ^ headers.keys()):
         what = "lacks" if name in shapes else "has an unexpected"
         raise UserError(f"{path}: {what} {name}; {hint}")
-    for name, shape in shapes.items():
-        if list(tensors[name].shape) != shape:
-            raise UserError(f"{path}: {name} has shape {list(tensors[name].shape)}, expected "
-                            f"{shape}; {hint}")
-    return tensors
+    for name, (_, _, dtype, shape, _) in headers.items():
+        if shape != shapes[name]:
+            raise UserError(f"{path}: {name} has shape {shape}, expected {shapes[name]}; {hint}")
+        known = next(([other] for start, other in (others or {}).items()
+                      if name.startswith(start)), [*FLOATS])
+        if dtype not in known:
+            raise UserError(f"{path}: {name} is {dtype}, expected {' or '.join(known)}; {hint}")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise torn(path, error, hint) from None

@@ -15,20 +15,21 @@ is read and written here by hand, so the protobuf package is not needed.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
 
-from minilora.config import UserError, read_json
+from minilora.config import UserError, read_file, read_json
 from minilora.files import write_file
 from minilora.weights import locate
 
 FILES = ("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
 NEW_TOKENS = "minilora_new_tokens"  # key of tokenizer_config.json: the tokens that were added here
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of a piece
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED = range(1, 6)  # types of a piece; 6 is a byte
 
 # A user-defined piece is a control token if it looks like a tag and is not an html tag. In Gemma 2
 # these are <mask>, <2mass>, [@BOS@], <unused0> to <unused99>, the turn tags and [toxicity=0]; runs
@@ -37,6 +38,8 @@ _TAG = re.compile(r"<[^<>\s]*[A-Za-z][^<>\s]*>|\[[^\[\]\s]*[A-Za-z][^\[\]\s]*\]"
 _HTML = re.compile(r"</?(a|b|i|p|q|s|u|h[1-6]|br|hr|em|strong|small|sub|sup|del|ins|mark|code|pre|"
                    r"kbd|div|span|blockquote|ul|ol|li|dl|dt|dd|img|table|caption|thead|tbody|tfoot|"
                    r"tr|th|td)/?>")
+
+MOST_GAP = 10_000  # ids between the pieces and an added token, which get placeholders
 
 # What a vocabulary must give back as it was: spaces at both ends and in runs, characters that NFKC
 # changes, one that no vocabulary has.
@@ -54,11 +57,10 @@ class Tokenizer:
     def __init__(self, folder: Path) -> None:
         """See `load`."""
         self._folder, self._source = folder, str(folder / "tokenizer.model")
-        try:
-            self._entries, self._rest = _read_model(Path(self._source).read_bytes(), self._source)
-        except OSError as error:
-            raise UserError(f"{self._source}: cannot be read ({error.strerror}); minilora needs "
-                            "the SentencePiece file: copy it from the base model") from None
+        if not os.path.exists(self._source):
+            raise UserError(f"{self._source}: no such file; minilora needs the SentencePiece file: "
+                            "copy it from the base model")
+        self._entries, self._rest = _read_model(read_file(self._source), self._source)
         self._config, self._forgotten = _read_object(folder / "tokenizer_config.json"), set()
         types = {i: kind for i, entry in enumerate(self._entries)
                  if (kind := _read_type(entry, self._source)) != NORMAL}
@@ -89,9 +91,7 @@ class Tokenizer:
         self._bytes = {i: byte for byte, i in enumerate(by_byte)}
         self._block = [by_byte[byte] for byte in "▁".encode()]
         if self.decode(self.encode(_PROBE)) != _PROBE:
-            raise UserError(f"{self._source}: does not give text back as it was; a Gemma "
-                            "vocabulary has byte fallback, no dummy prefix, and keeps spaces and "
-                            "characters")
+            raise _lossy(self._source)
 
         self.pad, self.eos, self.bos = reader.pad_id(), reader.eos_id(), reader.bos_id()
         self.start_of_turn = self._ids.get("<start_of_turn>", -1)
@@ -164,16 +164,28 @@ class Tokenizer:
             items = added.items() if isinstance(added, dict) else ((t["id"], t) for t in added)
             added = {int(i): {key: value for key, value in token.items() if key != "id"}
                      for i, token in items}
-            tokens = sorted((i, str(token["content"])) for i, token in added.items())
+            tokens = sorted((i, token["content"]) for i, token in added.items())
+            if not all(isinstance(token, str) for _, token in tokens):
+                raise TypeError
         except (AttributeError, KeyError, TypeError, ValueError):
-            raise UserError(f"{path}: its added tokens must have ids and a content") from None
-        no_pieces = set()
+            raise UserError(f"{path}: its added tokens must have ids and texts") from None
+        no_pieces, known = set(), set(self._pieces)
         for i, token in tokens:
-            if i >= len(self._entries):
-                self._extend(i, token)
-                no_pieces.add(i)
-            elif i >= 0 and re.fullmatch(r"<unused\d+>", self._pieces[i]) and _is_tag(token):
-                self._pieces[i] = token
+            after = i >= len(self._pieces)
+            if after or (i >= 0 and re.fullmatch(r"<unused\d+>", self._pieces[i])
+                         and _is_tag(token) and token != self._pieces[i]):
+                if not token or token in known:
+                    raise UserError(f"{path}: says that token {i} is {token!r}, which is no text "
+                                    "or another token; take both files from the same model")
+                if i >= len(self._pieces) + MOST_GAP:
+                    raise UserError(f"{path}: says that token {i} is {token!r}, but "
+                                    f"{self._source} ends with {len(self._pieces) - 1}; take both "
+                                    "files from the same model")
+                if after:
+                    self._extend(i, token)
+                else:
+                    self._pieces[i] = token
+                known.add(token)
                 no_pieces.add(i)
             self._check(path, i, token)
         self._added.update(added)
@@ -320,7 +332,7 @@ class Tokenizer:
         if chat_template is not None:
             config["chat_template"] = chat_template
         elif template.exists():
-            files[template.name] = template.read_bytes()
+            files[template.name] = read_file(template)
         files["tokenizer_config.json"] = _json(config, indent=2)
         if raw := _read_object(self._folder / "tokenizer.json"):
             files["tokenizer.json"] = self._tokenizer_json(raw)
@@ -406,14 +418,23 @@ def _damaged(source: str) -> UserError:
     return UserError(f"{source}: not a whole SentencePiece model; download it again")
 
 
+def _lossy(source: str) -> UserError:
+    return UserError(f"{source}: does not give text back as it was; a Gemma vocabulary has byte "
+                     "fallback, no dummy prefix, and keeps spaces and characters")
+
+
 def _read_varint(data: bytes, at: int) -> tuple[int, int]:
-    """The number at `at`, seven bits a byte, lowest first; and where it ends."""
+    """The number at `at`, seven bits a byte, lowest first; and where it ends.
+
+    Raises IndexError where it does not, within the data and the ten bytes of 64 bits.
+    """
     number = shift = 0
-    while True:
+    while shift < 70:
         number |= (data[at] & 0x7F) << shift
         if data[at] < 0x80:
             return number, at + 1
         at, shift = at + 1, shift + 7
+    raise IndexError
 
 
 def _write_varint(number: int) -> bytes:
@@ -436,7 +457,7 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, int | bytes, bytes]
             else:  # eight bytes, a length and that many bytes, or four bytes
                 size, at = {1: (8, at), 5: (4, at)}.get(key & 7) or _read_varint(data, at)
                 value, at = data[at:at + size], at + size
-            if at > len(data) or key & 7 in (3, 4, 6, 7):
+            if at > len(data) or key & 7 in (3, 4, 6, 7) or not 8 <= key < 2**32:
                 raise IndexError
             yield key >> 3, value, data[start:at]
     except IndexError:
@@ -444,15 +465,27 @@ def _fields(data: bytes, source: str) -> Iterator[tuple[int, int | bytes, bytes]
 
 
 def _read_model(data: bytes, source: str) -> tuple[list[bytes], bytes]:
-    """The messages of the pieces, and the bytes of all other fields."""
-    entries, rest = [], []
+    """The messages of the pieces, and the bytes of all other fields.
+
+    Refused here is what SentencePiece, up to 0.2.1 at least, trusts and can crash over: a table
+    that changes characters (a trie of offsets that it follows unchecked), and models other than
+    BPE. No Gemma has either.
+    """
+    entries, rest, kinds = [], [], []
     for number, value, field in _fields(data, source):
         if number == 1 and isinstance(value, bytes):
             entries.append(value)
-        else:
-            rest.append(field)
+            continue
+        rest.append(field)
+        if number in (2, 3, 5) and isinstance(value, bytes):  # trainer, normalizer, denormalizer
+            inner = [(n, v) for n, v, _ in _fields(value, source)]
+            if number != 2 and any(n == 2 and v != b"" for n, v in inner):  # the table
+                raise _lossy(source)
+            kinds += [v for n, v in inner if (number, n) == (2, 3)]
     if not entries:
         raise _damaged(source)
+    if set(kinds) != {2}:
+        raise UserError(f"{source}: is no BPE vocabulary, as those of Gemma 1, 2 and 3 are")
     return entries, b"".join(rest)
 
 
@@ -461,10 +494,17 @@ def _write_model(entries: list[bytes], rest: bytes) -> bytes:
 
 
 def _read_type(entry: bytes, source: str) -> int:
-    """The type of a piece."""
-    if entry.endswith(b"\x18\x01"):  # how nearly all of them end: the type comes last, NORMAL
+    """The type of a piece; its text is whole where that is not NORMAL."""
+    # Nearly all of them: length and text, four bytes of a score, and last the type, NORMAL.
+    if entry[:1] + entry[-7:-6] + entry[-2:] == b"\x0a\x15\x18\x01" and (
+            entry[1] == len(entry) - 9 < 128):
         return NORMAL
-    return {number: value for number, value, _ in _fields(entry, source)}.get(3, NORMAL)
+    fields = [(number, value) for number, value, _ in _fields(entry, source)]
+    texts, kinds = ([value for number, value in fields if number == n] for n in (1, 3))
+    if len(texts) != 1 or len(kinds) > 1 or not {NORMAL, *kinds} <= {*range(1, 7)} or not (
+            isinstance(texts[0], bytes) and texts[0] and b"\0" not in texts[0]):
+        raise _damaged(source)
+    return kinds[0] if kinds else NORMAL
 
 
 def _write_piece(text: str, kind: int) -> bytes:

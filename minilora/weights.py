@@ -9,25 +9,25 @@ the target dtype and on the target device, so the host never holds a second copy
 a model that goes to the GPU. All headers are checked before the first number is read.
 """
 
-import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import huggingface_hub
 import torch
 from huggingface_hub import errors as hub
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from minilora.config import GemmaConfig, UserError, builtin, read_json
-from minilora.files import BLOCK, FLOATS
+from minilora.config import GemmaConfig, UserError, builtin, check_dtype, check_file, read_json
+from minilora.files import BLOCK, FLOATS, Stored, current, read_headers, torn
 from minilora.model import Gemma
 
 FILES = ("config.json", "generation_config.json", "model.safetensors",
          "model.safetensors.index.json", "model-*.safetensors")
+
+AGAIN = "download it again"
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def locate(source: str | Path, allow: Sequence[str]) -> Path:
     has is not fetched again. Raises UserError where there is no such folder or repository, where
     its licence has not been accepted, and where the hub cannot be reached.
     """
-    folder, name = builtin(source), str(source)
+    folder, name = current(builtin(source)), str(source)
     if name and folder.is_dir():
         return folder
     parts = name.split("/")
@@ -133,14 +133,9 @@ def _inside(folder: Path, shard: object, source: Path, name: str = "") -> Path:
         raise UserError(f"{where}: {shard!r} is not the name of a safetensors file in the folder; "
                         "download the index again")
     path = folder / shard
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise UserError(f"{where}: the file {shard} is missing; download it again")
-    home = folder.resolve()
-    # The hub's cache holds links in snapshots/ID/ to the files themselves in blobs/.
-    cache = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if path.resolve().parent not in (home, cache):
-        raise UserError(f"{where}: {shard} is a link that leaves the folder, to {path.resolve()}; "
-                        "put the file itself there")
+    check_file(path)
     return path
 
 
@@ -159,7 +154,10 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16,
     Raises UserError, which names file and tensor, unless the files hold exactly the tensors that
     config.json asks for, each once, in its shape, as unquantised floats. Left out are an lm_head
     that repeats the embedding, and the vision part of an image-text Gemma 3 (said in one line).
+    What the files hold may be float16; `dtype` may not, as Gemma's activations overflow it.
     """
+    if dtype == torch.float16:
+        check_dtype("float16")
     folder = locate(source, FILES)
     config = read_config(folder)
     with torch.device("meta"):
@@ -188,41 +186,11 @@ def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, 
         raise UserError(f"device {device!r} cannot be used ({reason}); try --device cpu") from None
     if dtype == "auto":
         dtype = "float32" if place.type == "cpu" else "bfloat16"
-    if dtype not in ("float32", "bfloat16"):
-        raise UserError(f"dtype {dtype!r} is not one of float32, bfloat16; Gemma's activations "
-                        "overflow float16")
+    check_dtype(dtype)
     return place, getattr(torch, dtype)
 
 
-class _Stored(NamedTuple):
-    """A tensor of a checkpoint: under which name, in which file, from which byte on."""
-    key: str
-    path: Path
-    dtype: str
-    shape: list[int]
-    start: int
-
-
-def _headers(path: Path) -> list[_Stored]:
-    """What a safetensors file holds, by name. Its package checks that all of it is sound: that the
-    file ends where the last tensor does, and that none overlaps another.
-    """
-    try:
-        with safe_open(path, framework="pt"), open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-    except (SafetensorError, OSError) as error:
-        raise _torn(path, error) from None
-    header.pop("__metadata__", None)
-    return [_Stored(key, path, part["dtype"], part["shape"], 8 + size + part["data_offsets"][0])
-            for key, part in sorted(header.items())]
-
-
-def _torn(path: Path, reason: object) -> UserError:
-    return UserError(f"{path}: not a whole safetensors file ({reason}); download it again")
-
-
-def _read(tensor: _Stored, place: Tensor) -> None:
+def _read(tensor: Stored, place: Tensor) -> None:
     """Reads a tensor's numbers into `place`; where that has another dtype or device, by blocks.
 
     Read rather than mapped: pages of a map that were read stay resident, which looks, and counts,
@@ -238,18 +206,18 @@ def _read(tensor: _Stored, place: Tensor) -> None:
         for part in place.view(-1).split(step):
             memory = part if straight else block[:len(part)]
             if file.readinto(memory.view(torch.uint8).numpy()) < memory.nbytes:
-                raise _torn(tensor.path, f"it ends within {tensor.key}")
+                raise torn(tensor.path, f"it ends within {tensor.key}", AGAIN)
             if not straight:
                 part.copy_(memory)
 
 
-def _match(folder: Path, model: Gemma) -> dict[str, _Stored]:
+def _match(folder: Path, model: Gemma) -> dict[str, Stored]:
     """Where each parameter of `model` is stored, from the headers of the files alone."""
     shapes = {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-    stored: dict[str, _Stored] = {}
+    stored: dict[str, Stored] = {}
     heads, skipped = [], []
     for path, listed in _shards(folder).items():
-        headers = {tensor.key: tensor for tensor in _headers(path)}
+        headers = {tensor.key: tensor for tensor in read_headers(path, AGAIN)}
         for key, tensor in headers.items():
             name = model_name(key)
             if model.config.model_type == "gemma3_text" and key.startswith(_VISION):
@@ -286,7 +254,7 @@ def _match(folder: Path, model: Gemma) -> dict[str, _Stored]:
     return stored
 
 
-def _check_tied(head: _Stored, table: _Stored) -> None:
+def _check_tied(head: Stored, table: Stored) -> None:
     """Refuses an lm_head that is not the embedding, byte for byte: Gemma's is tied."""
     size = math.prod(table.shape) * FLOATS[table.dtype].itemsize
     with open(head.path, "rb") as first, open(table.path, "rb") as second:

@@ -1,6 +1,8 @@
 """A file imports only from files above it in the reading order, and from packages we declare."""
 
 import ast
+import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -8,11 +10,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ORDER = ("config", "files", "linear", "lora", "embedding", "attention", "recompute", "model",
-         "weights", "tokenizer", "jsontext", "notation", "dialects", "chat", "report", "sources",
+ORDER = ("jsontext", "config", "files", "linear", "lora", "embedding", "attention", "recompute",
+         "model", "weights", "tokenizer", "notation", "dialects", "chat", "report", "sources",
          "formats", "readers", "data", "cache", "loss", "trainer", "estimate", "check",
-         "checkpoint", "state", "grammar", "automaton", "constrain", "generate", "tools", "compare",
-         "bfcl", "evaluate", "view", "hub", "bench", "__main__")
+         "patterns", "checkpoint", "state", "grammar", "automaton", "constrain", "generate",
+         "tools", "compare", "bfcl", "evaluate", "view", "hub", "bench", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 
@@ -53,11 +55,40 @@ def test_reading_order_is_the_package_docstring():
     assert at == sorted(at)
 
 
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+
+
+def packages(lines: list[str]) -> set[str]:
+    """The names in requirements, each of which says the lowest version that passes the tests."""
+    assert all(re.fullmatch(r"\w+>=[\d.]+", line) for line in lines), lines
+    return {line.split(">")[0] for line in lines}
+
+
 def test_only_declared_packages_are_imported():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    declared = {line.split(">")[0].strip() for line in project["dependencies"]} | {"tqdm"}
-    optional = {"matplotlib", "pyarrow"}  # asked for by name when it is missing
+    allowed = sys.stdlib_module_names | {"minilora"} | packages(PROJECT["dependencies"])
+    optional = packages(EXTRAS["report"] + EXTRAS["parquet"])
     for path in FILES:
         for module in imports(path):
-            top = module.split(".")[0]
-            assert top in sys.stdlib_module_names or top in declared | optional | {"minilora"}, path
+            assert module.split(".")[0] in allowed | optional, path
+
+
+def test_everything_imports_without_extras():
+    """So an extra is asked for, by its name, only where it is needed."""
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in FILES]
+    lacking = sorted(packages(sum(EXTRAS.values(), [])) - packages(PROJECT["dependencies"]))
+    assert "matplotlib" in lacking and "transformers" in lacking
+    code = (f"import importlib, sys\nfor name in {lacking}: sys.modules[name] = None\n"
+            f"for name in {modules}: importlib.import_module(name)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+
+
+def test_readme_and_pyproject_agree():
+    readme = (ROOT / "README.md").read_text()
+    lowest = re.fullmatch(r">=(\d+)\.(\d+)", PROJECT["requires-python"])
+    assert f"Python {lowest[1]}.{lowest[2]} or newer" in readme
+    ruff = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["ruff"]
+    assert ruff["target-version"] == f"py{lowest[1]}{lowest[2]}"
+    asked = re.findall(r'pip install -e "\.\[([\w,]+)\]"', readme)
+    assert asked and set(",".join(asked).split(",")) <= EXTRAS.keys()

@@ -1,7 +1,10 @@
 """Weights: what is written is read, once, into its place; anything else is refused by name."""
 
+import ctypes
+import gc
 import json
 import logging
+import platform
 from pathlib import Path
 
 import huggingface_hub
@@ -298,7 +301,7 @@ def absolute(folder, tensors):
 def linked(folder, tensors):
     (folder / TWO).rename(folder.parent / TWO)
     (folder / TWO).symlink_to(Path("..") / TWO)
-    return ["index.json", TWO, "link"]
+    return [TWO, "link"]
 
 
 def not_a_name(folder, tensors):
@@ -394,13 +397,20 @@ def test_one_copy_in_memory(tmp_path, stored, dtype, head):
     loaded = load_model(tmp_path, dtype)
     size = sum(parameter.nbytes for parameter in loaded.parameters())
     assert 0.8 * size <= peak_memory() - before  # else nothing was measured
-    assert peak_memory() - before <= 1.1 * size + weights.BLOCK
+    pages = 2**23  # of Python's own, which were given back as well
+    assert peak_memory() - before <= 1.1 * size + weights.BLOCK + pages
 
 
 def peak_memory(reset=False):
-    """Most bytes that were in memory at once, from the latest reset on; after one, what is now."""
+    """Most bytes that were in memory at once, from the latest reset on; after one, what is now.
+
+    A reset gives back what earlier tests have left to the C library, or it would be taken unseen.
+    """
     try:
         if reset:
+            gc.collect()
+            if platform.libc_ver()[0] == "glibc":
+                ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
