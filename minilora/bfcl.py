@@ -60,7 +60,7 @@ def read_questions(data: str | Sequence[str], answers: str = "", every_turn: boo
         else:
             named = f"{file.name}: " if len(own) > 1 else ""
             questions += [replace(question, category=named + question.category) for question in
-                          ask(read_conversations(file.name), every_turn)]
+                          ask(read_conversations(file), every_turn)]
     if not questions:
         raise UserError(f"{data}: no question in it; expected conversations, or the leaderboard's "
                         "rows with question and function")

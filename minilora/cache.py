@@ -13,9 +13,10 @@ ago go first. In a folder, each file a plain array:
     conversations          a record each: its digest, and where its text starts
     texts                  of all conversations end to end: the source, then the whole as JSON
     told                   what was said of the data, a JSON line each, to be said again
-    checksum               of the others, written last
+    checksum               of the folder's name and of the others, written last
 """
 
+import bisect
 import contextlib
 import copy
 import hashlib
@@ -95,6 +96,34 @@ class Dataset(Sequence[Example]):
         held[self._asked] = split(self._arrays["conversations"]["digest"][self._asked], share, seed)
         return self._only(~held), self._only(held)
 
+    def files(self) -> list[dict]:
+        """What each file of the data gave, split or not: its name, how many conversations, and
+        hashes of them in any order, of them in their order, and of the numbers of tokens by kind.
+        """
+        digests, examples = (self._arrays["conversations"]["digest"], self._arrays["examples"])
+
+        def name(row: int) -> str:
+            return re.sub(r"(:\d+)? \(row \d+\)$", "", self._text(row, "source", "json"))
+
+        def short_hash(*arrays: np.ndarray) -> str:
+            total = hashlib.blake2b(digest_size=16)
+            for array in arrays:
+                total.update(np.ascontiguousarray(array))
+            return total.hexdigest()
+
+        found, first = [], 0
+        while first < len(digests):  # a file's conversations follow each other
+            end = bisect.bisect(range(len(digests)), False, first,
+                                key=lambda row, first=first: name(row) != name(first))
+            a, b = np.searchsorted(examples["conversation"], [first, end])
+            tokens = [examples[key][a:b] for key in ("length", "part", "cut", "weight", "counts")]
+            found.append({"name": name(first), "rows": end - first,
+                          "content": short_hash(np.sort(digests[first:end])),
+                          "order": short_hash(digests[first:end]), "tokens": short_hash(*tokens)})
+            first = end
+        self._give_back()
+        return found
+
     def _only(self, wanted: np.ndarray) -> "Dataset":
         """These conversations and their examples; the maps are shared.  wanted: [n] bool"""
         part = copy.copy(self)
@@ -152,21 +181,20 @@ def load_examples(data: str, tokenizer: Tokenizer, dialect: str = "hermes",
     files = find_files(data)
     entry = _root() / _key(files, tokenizer, dialect, length, train_on)
     ids = "<u2" if tokenizer.vocab_size <= 2**16 else "<i4"
-    if _whole(entry):
-        with contextlib.suppress(OSError):
-            os.utime(entry)  # for `_tidy`
-        with open(entry / "told", encoding="utf-8") as lines:
-            for kind, text in map(json.loads, lines):
-                (on_problem if kind == "problem" else on_notice)(text)
-        return Dataset(entry, ids)
+    if found := _find(entry, ids):
+        dataset, told = found
+        for kind, text in told:
+            (on_problem if kind == "problem" else on_notice)(text)
+        return dataset
     make = partial(make_parts, tokenizer=tokenizer, dialect=dialect, length=length,
                    train_on=train_on)
     with _new_folder(entry.parent) as new:
-        _write(new / "entry", files, make, ids, on_problem, on_notice, on_row)
-        dataset = Dataset(new / "entry", ids)
+        _write(new / entry.name, files, make, ids, on_problem, on_notice, on_row)
+        dataset = Dataset(new / entry.name, ids)
         try:
-            shutil.rmtree(entry, ignore_errors=True)  # damaged, or just made by another run
-            os.rename(new / "entry", entry)
+            if not _whole(entry):  # which another run may just have made
+                shutil.rmtree(entry, ignore_errors=True)
+                os.rename(new / entry.name, entry)
         except OSError as error:
             on_notice(f"{entry.parent}: the tokenized data cannot be kept there ({error.strerror}),"
                       " so the next run makes it again; set MINILORA_CACHE to another folder")
@@ -207,7 +235,7 @@ def _write(folder: Path, data: list[DataFile], make: Callable[[Conversation], li
         if rows:
             on_notice(first + (f" (and {rows - 1} more rows; {lost} of {total} trained tokens in "
                                "all)" if rows > 1 else ""))
-    (folder / "checksum").write_bytes(_hash(folder / name for name in files))
+    (folder / "checksum").write_bytes(_checksum(folder))
 
 
 def _append(files: dict, ids: str, conversation: Conversation, parts: list[Example]) -> None:
@@ -254,30 +282,51 @@ def _key(files: list[DataFile], tokenizer: Tokenizer, dialect: str, length: int 
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
+def _find(entry: Path, ids: str) -> tuple[Dataset, list[tuple[str, str]]] | None:
+    """What is in an entry and what was told of it: (kind, text). None where it is not whole."""
+    try:
+        if not _whole(entry):
+            return None
+        with open(entry / "told", encoding="utf-8") as lines:
+            found = Dataset(entry, ids), [*map(json.loads, lines)]
+    except OSError:  # another run has just deleted it (`_tidy`)
+        return None
+    with contextlib.suppress(OSError):
+        os.utime(entry)  # for `_tidy`
+    return found
+
+
 def _whole(entry: Path) -> bool:
     """Whether an entry is there with every byte that was written."""
     try:
-        return (entry / "checksum").read_bytes() == _hash(
-            entry / name for name in ("ids", *ARRAYS, "told"))
+        return (entry / "checksum").read_bytes() == _checksum(entry)
     except OSError:
         return False
+
+
+def _checksum(entry: Path) -> bytes:
+    """Of an entry's name and of all that is in it: a folder under another name is no entry."""
+    contents = _hash(entry / name for name in ("ids", *ARRAYS, "told"))
+    return hashlib.sha256(entry.name.encode() + contents).hexdigest().encode()
 
 
 @contextlib.contextmanager
 def _new_folder(parent: Path) -> Iterator[Path]:
     """A temporary folder in `parent`, or in the system's where that cannot be written."""
+    make = partial(tempfile.TemporaryDirectory, ignore_cleanup_errors=True)
+    where = parent
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        folder = tempfile.TemporaryDirectory(prefix=".minilora-", dir=parent,
-                                             ignore_cleanup_errors=True)
-    except OSError:
-        folder = tempfile.TemporaryDirectory(prefix="minilora-", ignore_cleanup_errors=True)
-    try:
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            folder = make(prefix=".minilora-", dir=parent)
+        except OSError:
+            where = tempfile.gettempdir()
+            folder = make(prefix="minilora-")
         with folder as name:
             yield Path(name)
     except OSError as error:
-        raise UserError(f"{folder.name}: the tokenized data cannot be written ({error}); "
-                        "free the disk, or set MINILORA_CACHE to a folder elsewhere") from None
+        raise UserError(f"{where}: the tokenized data cannot be written ({error}); free the disk, "
+                        "or set MINILORA_CACHE to a folder elsewhere") from None
 
 
 def _tidy(newest: Path) -> None:

@@ -123,13 +123,11 @@ def _results(group: Sequence[Message], calls: Sequence[ToolCall], dialect: Diale
 
     The name of a result is its own, or else that of the call with its id, or in its place.
     """
-    items = []
+    items, by_id = [], {call.id: call.name for call in reversed(calls) if call.id}
     for place, message in enumerate(group):
-        named = [message.name,
-                 *(call.name for call in calls if call.id and call.id == message.tool_call_id),
-                 *(call.name for call in calls[place:place + 1])]
-        result = Result(message.content.strip(), next(filter(None, named), ""),
-                        message.tool_call_id)
+        name = message.name or by_id.get(message.tool_call_id) or next(
+            (call.name for call in calls[place:place + 1]), "")
+        result = Result(message.content.strip(), name, message.tool_call_id)
         items.append(dialect.notation.result(result))
     return dialect.block(dialect.results, items, Kind.TOOL_RESPONSE)
 
@@ -228,20 +226,20 @@ def decode_reply(ids: Iterable[int], tokenizer: Tokenizer, dialect: str = "herme
     """The text of what a model wrote, `tokenizer.decode(ids)`, which remembers its control tokens.
 
     `split_reply` and `parse_tool_calls` read it exactly: a tag that the model has spelled in plain
-    pieces is text to them, whatever it says.
+    pieces is text to them, whatever it says. An id that only the model's table has is U+FFFD.
     """
     tokens = {tokenizer.token_id(token): token for token in get_dialect(dialect).tokens
               if tokenizer.knows(token)}
-    text, controls = "", set()
-    for i, run in itertools.groupby(ids, key=lambda i: i if i in tokens else None):
-        if i is None:
+    text, controls, size = "", [], tokenizer.vocab_size
+    for plain, run in itertools.groupby(ids, key=lambda i: i < size and i not in tokens):
+        if plain:
             text += tokenizer.decode(run)
-        else:
-            for _ in run:
-                controls.add(len(text))
-                text += tokens[i]
+            continue
+        for i in run:
+            controls += [len(text)] if i in tokens else []
+            text += tokens.get(i, "\ufffd")
     reply = Written(text)
-    reply.controls = frozenset(controls)
+    reply.controls = controls
     return reply
 
 

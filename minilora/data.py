@@ -181,6 +181,8 @@ def _parts(conversation: Conversation, tokenizer: Tokenizer, dialect: str, lengt
         made = replace(conversation, messages=said, tools=tools)
         return len(render(made, tokenizer, dialect).ids)
 
+    if size((*opening, Message("user", "?")), conversation.tools) >= length:
+        return  # no part can hold more than its opening
     sizes = [size(exchange, ()) - 1 for exchange in exchanges]  # less <bos>
     first = 0
     while first < len(exchanges):
@@ -328,11 +330,15 @@ class Batches(Sequence[Batch]):
         return len(self._firsts)
 
     def __getitem__(self, index: int) -> Batch:
+        rows = self.rows(index)
+        return collate(rows, self._length or max(len(example) for row in rows for example in row))
+
+    def rows(self, index: int) -> list[list[Example]]:
+        """The examples in each row of a batch."""
         first = self._firsts[index]
         bounds = self._starts[first:first + self._firsts.step + 1].tolist()
-        rows = [[self._examples[i] for i in self._order[a:b].tolist()]
+        return [[self._examples[i] for i in self._order[a:b].tolist()]
                 for a, b in itertools.pairwise(bounds)]
-        return collate(rows, self._length or max(len(example) for row in rows for example in row))
 
 
 def times_in_epoch(weights: np.ndarray, seed: int, epoch: int) -> np.ndarray:

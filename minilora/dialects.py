@@ -38,6 +38,7 @@ from minilora.notation import (
     Result,
     ToolCall,
     Written,
+    call_from,
 )
 
 # --- Mistral's notation ---------------------------------------------------------------------------
@@ -164,7 +165,7 @@ def _read_gemma_text(reply: Written, at: int) -> tuple[str, int]:
     """The text that the <escape> at `at` opens, and where its closing <escape> ends."""
     start = at + len(ESCAPE)
     end = reply.seek(ESCAPE, start)
-    if end < 0 or end > len(reply.until_control(start)):
+    if end < 0 or end > reply.control(start):
         raise MalformedCall(f"{ESCAPE} is missing after the text that begins {_near(reply, start)}")
     return reply[start:end], end + len(ESCAPE)
 
@@ -194,7 +195,7 @@ def _read_gemma_value(reply: Written, at: int, depth: int = 0) -> tuple[object, 
         raise MalformedCall(f"no value at {_near(reply, at)}: expected text between {ESCAPE} "
                             "tokens, a number, true, false, null, [ or {")
     if depth == MAX_DEPTH:
-        raise MalformedCall(TOO_DEEP)
+        raise MalformedCall(TOO_DEEP.format(MAX_DEPTH))
     keyed = reply[at] == "{"
     closing, value, items = "}" if keyed else "]", {}, []
     at = skip_space(reply, at + 1)
@@ -226,12 +227,11 @@ def _read_gemma_call(reply: Written, at: int) -> tuple[ToolCall, int]:
     try:
         arguments, end = _read_gemma_value(reply, at)
         check_value(name)
-        check_value(arguments)
     except MalformedCall:
         raise
     except ValueError as error:  # a number that overflows, half a surrogate pair
         raise MalformedCall(str(error)) from None
-    return ToolCall(name, arguments), end
+    return call_from({"name": name, "arguments": arguments}), end
 
 
 GEMMA = Notation(

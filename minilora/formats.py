@@ -6,6 +6,7 @@ a text, and the rows that hold no list of messages: xLAM's and Glaive's.
 
 import ast
 import re
+import warnings
 from collections.abc import Callable
 
 from minilora.chat import MalformedCall, Message, split_reply
@@ -68,11 +69,13 @@ def _schema(schema: object) -> object:
                      "not"):
             value = _schema(value)
         elif key == "type" and isinstance(value, str):
-            outer, inner = re.fullmatch(r"(.*?)(?:\[(.*)\])?", value, re.DOTALL).groups()
+            outer, bracket, inner = value.partition("[")
+            if bracket and not inner.endswith("]"):
+                outer, inner = value, ""
             value = _TYPES.get(outer.lower(), value)
             if value is None:
                 continue
-            of = _TYPES.get((inner or "").lower())
+            of = _TYPES.get(inner.removesuffix("]").lower())
             if value == "array" and of and "items" not in schema:
                 found["items"] = {"type": of}
         elif key == "type" and isinstance(value, list):
@@ -86,14 +89,24 @@ def _schema(schema: object) -> object:
 
 # --- what is not quite JSON -----------------------------------------------------------------------
 
+MOST_PYTHON = 2**17  # characters of a value as Python prints it
+
 # What Glaive writes: JSON, but for its arguments, JSON between single quotes.
 _QUOTED = re.compile(r'\{\s*"name":\s*("[^"]*"),\s*"arguments":\s*\'(.*)\'\s*\}', re.DOTALL)
 
 
 def _python_value(text: str) -> object:
-    """A value written as Python prints it. Only literals are read, nothing is run."""
+    """A value written as Python prints it. Only literals are read, nothing is run.
+
+    What is longer than `MOST_PYTHON` is not tried: to read a character of it may take Python half a
+    kilobyte of memory.
+    """
+    if len(text) > MOST_PYTHON:
+        raise ValueError(f"not JSON, and longer than the {MOST_PYTHON} characters of a Python "
+                         "literal that are read")
     try:
-        return load_json(dump_json(ast.literal_eval(text)))
+        with warnings.catch_warnings(action="ignore"):  # of "\d", which is a warning to Python
+            return load_json(dump_json(ast.literal_eval(text)))
     except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError):
         raise ValueError("neither JSON nor a Python literal") from None
 
@@ -124,9 +137,21 @@ def loose_json(text: str, notice: Callable[[str], None]) -> object:
 
 # --- Hermes tags in a text ------------------------------------------------------------------------
 
-_CALL_BLOCK = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
-_RESULT_BLOCK = re.compile(r"<tool_response>\s*(.*?)\s*</tool_response>", re.DOTALL)
-_TOOLS_BLOCK = re.compile(r"<tools>\s*([\[{].*?)\s*</tools>", re.DOTALL)
+def _cut_blocks(text: str, tag: str, begins: str = "") -> list[str]:
+    """The text cut at its blocks `<tag>…</tag>`; every second piece is what stands in one.
+
+    `begins` is a pattern for what follows the tag. (As one pattern a block would take time by the
+    square of the white space, or of the tags without an end, that somebody has put there.)
+    """
+    opening, closing = re.compile(f"<{tag}>{begins}"), f"</{tag}>"
+    pieces, at = [], 0
+    while found := opening.search(text, at):
+        end = text.find(closing, found.end())
+        if end < 0:
+            break
+        pieces += [text[at:found.start()], text[found.start() + len(tag) + 2:end].strip()]
+        at = end + len(closing)
+    return [*pieces, text[at:]]
 
 
 def split_text(text: str, notice: Callable[[str], None]) -> Message:
@@ -136,14 +161,14 @@ def split_text(text: str, notice: Callable[[str], None]) -> Message:
     except MalformedCall as error:
         reason = error
 
-    def as_json(block: re.Match) -> str:
+    pieces = _cut_blocks(text, "tool_call")
+    for place in range(1, len(pieces), 2):
         try:
-            value = loose_json(block[1], notice)
+            value = loose_json(pieces[place], notice)
         except ValueError:
             raise reason from None
-        return f"<tool_call>\n{dump_json(value)}\n</tool_call>"
-
-    return split_reply(_CALL_BLOCK.sub(as_json, text), "hermes")
+        pieces[place] = f"<tool_call>\n{dump_json(value)}\n</tool_call>"
+    return split_reply("".join(pieces), "hermes")
 
 
 def split_thinking(text: str) -> Message:
@@ -154,20 +179,22 @@ def split_thinking(text: str) -> Message:
 
 def results_in(text: str) -> list[str]:
     """The results in a text: what stands in its `<tool_response>` blocks, or all of it."""
-    found = _RESULT_BLOCK.findall(text)
-    outside = _RESULT_BLOCK.sub("", text).strip()
-    if found and outside:
+    pieces = _cut_blocks(text, "tool_response")
+    outside = "".join(pieces[::2]).strip()
+    if pieces[1:] and outside:
         raise ValueError(f"text outside <tool_response>: {outside[:20]!r}")
-    return found or [text]
+    return pieces[1::2] or [text]
 
 
 def take_tools(text: str, notice: Callable[[str], None]) -> tuple[str, list]:
     """A system text without its `<tools>` blocks, and what stands in them."""
-    values = []
-    while block := _TOOLS_BLOCK.search(text):
-        values += tool_values(block[1], notice)
-        text = f"{text[:block.start()].rstrip()} {text[block.end():].lstrip()}".strip()
-    return text, values
+    pieces = _cut_blocks(text, "tools", r"\s*(?=[\[{])")
+    values = [value for inside in pieces[1::2] for value in tool_values(inside, notice)]
+    said = (piece.strip() for piece in pieces[::2])
+    return " ".join(filter(None, said)) if pieces[1:] else text, values
+
+
+_SPACE = re.compile(r"\s*")
 
 
 def tool_values(text: str, notice: Callable[[str], None]) -> list:
@@ -177,7 +204,7 @@ def tool_values(text: str, notice: Callable[[str], None]) -> list:
         while at < len(text):
             value, at = decode_json(text, at)
             values += value if isinstance(value, list) else [value]
-            at += len(text[at:]) - len(text[at:].lstrip())
+            at = _SPACE.match(text, at).end()
         return values
     except ValueError:
         value = _python_value(text)
@@ -210,7 +237,8 @@ def _xlam_tool(tool: object) -> object:
 
 
 _SPEAKERS = {"USER": "user", "ASSISTANT": "assistant", "FUNCTION RESPONSE": "tool"}
-_SPEAKER = re.compile(rf"(?:\A|\n|<\|endoftext\|>)\s*({'|'.join(_SPEAKERS)}):")
+# (No \s*, which would go to the end of a run of newlines from each of them.)
+_SPEAKER = re.compile(rf"(?:\A|\n|<\|endoftext\|>)[^\S\n]*({'|'.join(_SPEAKERS)}):")
 
 
 def glaive_row(row: dict, notice: Callable[[str], None]) -> tuple[list[tuple[str, dict]], list]:

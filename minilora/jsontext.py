@@ -11,14 +11,15 @@ import math
 import re
 
 MAX_DEPTH = 64  # levels of objects and lists in one JSON value
-TOO_DEEP = f"JSON nested deeper than {MAX_DEPTH} levels"
+MAX_DIGITS = 4300  # of an integer, its sign included: what Python reads where nobody says else
+TOO_DEEP = "JSON nested deeper than {} levels"
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict:
     value = dict(pairs)
     if len(value) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(twice(next(key for key in keys if keys.count(key) > 1)))
+        seen: set[str] = set()
+        raise ValueError(twice(next(key for key, _ in pairs if key in seen or seen.add(key))))
     return value
 
 
@@ -30,11 +31,18 @@ def twice(key: str) -> str:
 def _finite(text: str) -> float:
     number = float(text)
     if not math.isfinite(number):
-        raise ValueError(f"{text} is not a JSON number that can be held")
+        raise ValueError(f"{text[:40]} is not a JSON number that can be held")
     return number
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite)
+def _whole(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"a number of {len(text)} digits; at most {MAX_DIGITS} can be held")
+    return int(text)
+
+
+STRICT = json.JSONDecoder(object_pairs_hook=_unique, parse_float=_finite, parse_int=_whole,
+                          parse_constant=_finite)
 _SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -43,10 +51,10 @@ def skip_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()
 
 
-def check_value(value: object) -> None:
+def check_value(value: object, most: int = MAX_DEPTH) -> None:
     """Refuses what decodes but cannot be written again: bottomless nesting, lone surrogates.
 
-    Raises ValueError.
+    Raises ValueError, for nesting where it goes deeper than `most` levels.
     """
     level, depth = [value], 0
     while level:
@@ -55,11 +63,12 @@ def check_value(value: object) -> None:
                 try:
                     text.encode()
                 except UnicodeEncodeError:
-                    raise ValueError("half a surrogate pair (\\ud800 …) in a string") from None
+                    raise ValueError("half a surrogate pair (\\ud800 …), or bytes that are not "
+                                     "UTF-8, in a string") from None
         inner = [[*item.keys(), *item.values()] if isinstance(item, dict) else item
                  for item in level if isinstance(item, dict | list)]
-        if inner and depth == MAX_DEPTH:
-            raise ValueError(TOO_DEEP)
+        if inner and depth == most:
+            raise ValueError(TOO_DEEP.format(most))
         level, depth = list(itertools.chain.from_iterable(inner)), depth + 1
 
 
@@ -70,13 +79,13 @@ def decode_json(text: str, start: int = 0) -> tuple[object, int]:
     pairs and nesting past `MAX_DEPTH` raise ValueError, whose message says what is wrong.
     """
     try:
-        value, end = _DECODER.raw_decode(text, skip_space(text, start))
+        value, end = STRICT.raw_decode(text, skip_space(text, start))
     except json.JSONDecodeError as error:
         near = text[error.pos:error.pos + 20]
         raise ValueError(f"not JSON: {error.msg} at {near!r}" if near else
                          f"not JSON: {error.msg} at the end of the text") from None
     except RecursionError:
-        raise ValueError(TOO_DEEP) from None
+        raise ValueError(TOO_DEEP.format(MAX_DEPTH)) from None
     check_value(value)
     return value, end
 

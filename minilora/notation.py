@@ -7,12 +7,15 @@ a `Notation` of its own. Renderer, chat template and strict reader all come from
 
 import functools
 import re
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple
 
-from minilora.jsontext import decode_json, dump_json, skip_space
+from minilora.jsontext import MAX_DEPTH, check_value, decode_json, dump_json, skip_space
+
+DEPTH = MAX_DEPTH - 8  # levels of a call's arguments: with the row that holds it, it can be read
 
 
 class Kind(IntEnum):
@@ -50,20 +53,24 @@ class MalformedCall(ValueError):
 def call_from(value: object) -> ToolCall:
     """The call that a decoded {"name": …, "arguments": {…}} is ("id" may be there).
 
-    Raises MalformedCall that names the key.
+    Raises MalformedCall that names the key; so it does where arguments are nested past `DEPTH`.
     """
     if not isinstance(value, dict):
         raise MalformedCall(f"a call is a JSON object, not {type(value).__name__}")
     unknown = [key for key in value if key not in ("name", "arguments", "id")]
     if unknown:
-        raise MalformedCall(f"a call has name and arguments, not {unknown[0]!r}")
+        raise MalformedCall(f"a call has name and arguments, not {unknown[0][:40]!r}")
     name, arguments, id = value.get("name"), value.get("arguments"), value.get("id")
     if not isinstance(name, str) or not name:
         raise MalformedCall('"name" of a call is missing or not text')
     if not isinstance(arguments, dict):
-        raise MalformedCall(f'"arguments" of {name!r} is missing or not a JSON object')
+        raise MalformedCall(f'"arguments" of {name[:40]!r} is missing or not a JSON object')
     if id is not None and not isinstance(id, str):
-        raise MalformedCall(f'"id" of the call of {name!r} is not text')
+        raise MalformedCall(f'"id" of the call of {name[:40]!r} is not text')
+    try:
+        check_value(arguments, DEPTH)
+    except ValueError as error:
+        raise MalformedCall(f'"arguments" of {name[:40]!r}: {error}') from None
     return ToolCall(name, arguments, id)
 
 
@@ -72,16 +79,16 @@ def call_from(value: object) -> ToolCall:
 class Written(str):
     """What a model wrote, as text that knows which of its tags are control tokens.
 
-    Made by `chat.decode_reply`. `controls` are the positions where a control token of the dialect
-    begins; a tag anywhere else was spelled in plain pieces and means nothing. None: nobody knows,
-    and every tag counts. What is cut out of it is a plain str.
+    Made by `chat.decode_reply`. `controls` are the positions, in order, where a control token of
+    the dialect begins; a tag anywhere else was spelled in plain pieces and means nothing. None:
+    nobody knows, and every tag counts. What is cut out of it is a plain str.
     """
 
-    controls: frozenset[int] | None = None
+    controls: Sequence[int] | None = None
 
     def has(self, token: str, at: int) -> bool:
         """Whether this control token stands at `at`."""
-        return self.startswith(token, at) and (self.controls is None or at in self.controls)
+        return self.startswith(token, at) and (self.controls is None or at == self.control(at))
 
     def seek(self, token: str, at: int = 0) -> int:
         """Where this control token next stands; -1 where it does not."""
@@ -90,11 +97,10 @@ class Written(str):
             at = self.find(token, at + 1)
         return at
 
-    def until_control(self, at: int) -> str:
-        """The text up to the next control token after `at`; all of it where nobody knows."""
-        if self.controls is None:
-            return self
-        return self[:min((i for i in self.controls if i >= at), default=len(self))]
+    def control(self, at: int) -> int:
+        """Where the next control token stands, from `at` on; the end where nobody knows."""
+        place = bisect_left(self.controls or (), at)
+        return self.controls[place] if self.controls and place < len(self.controls) else len(self)
 
 
 # --- a dialect ------------------------------------------------------------------------------------
@@ -138,12 +144,15 @@ class Notation:
 
 
 def _read_json_call(reply: Written, at: int) -> tuple[ToolCall, int]:
-    # The JSON says where the call ends: a string in it may well spell a closing tag.
+    # The JSON says where the call ends: a string in it may well spell a closing tag. What is cut
+    # out for it is no longer than the call, so that reading many calls takes time in proportion.
+    stop = reply.control(at)
+    text, start = (reply, at) if stop == len(reply) else (reply[at:stop], 0)
     try:
-        value, end = decode_json(reply.until_control(at), at)
+        value, end = decode_json(text, start)
     except ValueError as error:
         raise MalformedCall(str(error)) from None
-    return call_from(value), end
+    return call_from(value), at + end - start
 
 
 # Jinja for one call; arguments may come as an object or, as on OpenAI's wire, as JSON text.
@@ -194,10 +203,10 @@ class Dialect:
         """A block with its items, nothing where there are none."""
         if not items:
             return []
-        pieces = self.cut(block.opening) + items[0]
+        pieces = [*self.cut(block.opening), *items[0]]
         for item in items[1:]:
-            pieces = pieces + self.cut(block.between) + item
-        return [Part(text, kind, control) for text, control in pieces + self.cut(block.closing)
+            pieces += [*self.cut(block.between), *item]
+        return [Part(text, kind, control) for text, control in [*pieces, *self.cut(block.closing)]
                 if text]
 
     def match(self, reply: Written, text: str, at: int) -> int | None:

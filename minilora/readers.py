@@ -27,7 +27,7 @@ is up to the caller.
 
 import itertools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from minilora.chat import Conversation, Message, ToolCall
@@ -179,18 +179,26 @@ def read_row(row: object, notice: Callable[[str], None], mend: bool = False) -> 
     if mend and len(fields) > 1 and _is_empty(fields[-1][1]):
         fields.pop()
         notice("has an empty message at its end, left out")
-    read: list[tuple[str, Message]] = []  # field of the row, message
+    groups: list[list[Message]] = []  # each to be one message
+    last: list[str] = []              # the field of the last message of each
     for field, turn in fields:
         _expect(isinstance(turn, dict), f"{field} is not an object; expected role and content")
         for message in _messages(turn, field, tools, tags, notice):
-            if message.role == "assistant" and read and read[-1][1].role == "assistant":
-                message = _joined(read.pop()[1], message, field)
-            elif mend and message.role == "user" and read and read[-1][1].role == "user":
-                message = replace(message, content=f"{read.pop()[1].content}\n\n{message.content}")
-                notice("has user messages that follow each other, joined")
-            read.append((field, message))
-    _check_order(read)
-    messages = tuple(_by_call([message for _, message in read], notice))
+            before = groups[-1][0] if groups else None
+            if before and before.role == message.role and (
+                    message.role == "assistant" or mend and message.role == "user"):
+                if message.role == "assistant":
+                    _check_second(before, message, field)
+                else:
+                    notice("has user messages that follow each other, joined")
+                groups[-1].append(message)
+                last[-1] = field
+            else:
+                groups.append([message])
+                last.append(field)
+    read = [_joined(group) for group in groups]
+    _check_order(zip(last, read, strict=True))
+    messages = tuple(_by_call(read, notice))
     called = {call.name for message in messages for call in message.tool_calls}
     if called - {tool["function"]["name"] for tool in tools}:
         notice("calls a tool that is not among its tools")
@@ -205,7 +213,7 @@ def _layout(row: dict, notice: Callable[[str], None]) -> tuple[list[tuple[str, o
     if key is None and isinstance(row.get("chat"), str):  # Glaive v2
         return glaive_row(row, notice)
     _expect(key is not None, "no messages in the row; expected messages or conversations, not "
-            + (", ".join(map(repr, list(row)[:5])) or "an empty object"))
+            + (", ".join(repr(key)[:40] for key in list(row)[:5]) or "an empty object"))
     turns = row[key]
     _expect(isinstance(turns, list) and turns != [], f"{key} is not a list with something in it")
     return ([(f"{key}[{index}]", turn) for index, turn in enumerate(turns)],
@@ -299,19 +307,19 @@ def _text(value: object, field: str) -> tuple[str, str]:
         return value or "", ""
     _expect(isinstance(value, list) and value != [] and all(isinstance(p, dict) for p in value),
             f"{field} is {type(value).__name__}; expected text")
-    found = {"text": "", "thinking": ""}
+    texts, thoughts = [], []
     for index, part in enumerate(value):
         kind = part.get("type", "text")
         if kind in ("text", "input_text", "output_text"):
             _expect(isinstance(part.get("text"), str),
                     f"{field}[{index}]: a part without a text; expected one")
-            found["text"] += part["text"]
+            texts.append(part["text"])
             continue
         _expect(kind in ("reasoning", "thinking"), f"{field}[{index}]: a part of type "
                 f"{repr(kind)[:40]}; expected text: only text can be learned from")
         inside = next((part[key] for key in (kind, "text", "content") if part.get(key)), None)
-        found["thinking"] += _text(inside, f"{field}[{index}]")[0]
-    return found["text"], found["thinking"]
+        thoughts.append(_text(inside, f"{field}[{index}]")[0])
+    return "".join(texts), "".join(thoughts)
 
 
 def _assistant(turn: dict, text: str, thinking: str, field: str, tags: set[str],
@@ -383,7 +391,7 @@ def _tools(raw: object, field: str, notice: Callable[[str], None], mend: bool = 
         if plain != tool:
             notice("has types in its tools that JSON Schema lacks (dict, float …), read as its own")
         _expect(name not in tools or mend and tools[name] == plain,
-                f"{at}: a second tool named {name!r}; expected one")
+                f"{at}: a second tool named {repr(name)[:40]}; expected one")
         if name in tools:
             notice("has a tool twice, read as one")
         tools[name] = plain
@@ -392,17 +400,25 @@ def _tools(raw: object, field: str, notice: Callable[[str], None], mend: bool = 
 
 # --- the order of messages ------------------------------------------------------------------------
 
-def _joined(before: Message, message: Message, field: str) -> Message:
-    """Two assistant messages in a row: calls may follow a text or calls, as one turn."""
+def _check_second(before: Message, message: Message, field: str) -> None:
+    """Of two assistant messages in a row: calls may follow a text or calls, as one turn."""
     _expect(message.tool_calls != () and not message.content and not message.thinking,
             f"{field}: a second assistant message in a row; expected a user message or a result")
     _expect(before.trained == message.trained,
             f"{field}: one half of a turn carries loss, the other none; expected the same of both")
-    return replace(before, tool_calls=before.tool_calls + message.tool_calls)
 
 
-def _check_order(read: list[tuple[str, Message]]) -> None:
-    before, calls, results = None, (), 0  # role of the last message, calls of the last reply
+def _joined(group: list[Message]) -> Message:
+    """Some messages of one role as one: their texts, and all of their calls."""
+    if len(group) == 1:
+        return group[0]
+    texts = filter(None, (message.content for message in group))
+    calls = itertools.chain.from_iterable(message.tool_calls for message in group)
+    return replace(group[0], content="\n\n".join(texts), tool_calls=tuple(calls))
+
+
+def _check_order(read: Iterable[tuple[str, Message]]) -> None:
+    before, calls, ids, results = None, (), set(), 0  # last role; calls of the last reply
     for field, message in read:
         role = message.role
         if role == "system":
@@ -416,13 +432,13 @@ def _check_order(read: list[tuple[str, Message]]) -> None:
             _expect(bool(message.content.strip() or message.tool_calls),
                     f"{field}: the assistant says nothing and calls nothing; expected either")
             calls, results = message.tool_calls, 0
+            ids = {call.id for call in calls if call.id}
         else:
             results += 1
             _expect(before in ("assistant", "tool") and results <= len(calls),
                     f"{field}: a tool result without a call; expected a call before")
-            ids = [call.id for call in calls if call.id]
             _expect(not message.tool_call_id or not ids or message.tool_call_id in ids,
-                    f"{field}: tool_call_id {message.tool_call_id!r} is of no call before it")
+                    f"{field}: tool_call_id {repr(message.tool_call_id)[:40]} is of no call before")
         before = role
     _expect(before not in (None, "system"), "no user message; expected one")
 
@@ -434,9 +450,10 @@ def _by_call(messages: list[Message], notice: Callable[[str], None]) -> list[Mes
     for role, group in itertools.groupby(messages, key=lambda message: message.role):
         group = list(group)
         given = [message.tool_call_id for message in group]
-        if role == "tool" and len(set(ids)) == len(ids) and set(given) <= set(ids) - {None}:
+        places = {id: place for place, id in enumerate(ids)}
+        if role == "tool" and len(places) == len(ids) and set(given) <= places.keys() - {None}:
             _expect(len(set(given)) == len(given), "two results of one call; expected one of each")
-            placed = sorted(group, key=lambda message: ids.index(message.tool_call_id))
+            placed = sorted(group, key=lambda message: places[message.tool_call_id])
             if placed != group:
                 notice("has results in another order than its calls, read in theirs")
             group = placed

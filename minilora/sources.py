@@ -10,24 +10,31 @@ DATA is one or several of these, with commas between:
     owner/name:a/b.jsonl   a file of it
     calls.jsonl@0.5        any of them with a weight: how often an epoch sees each row (default 1)
 
-What exists under a name is meant by it, whatever else the name could mean.
+What exists under a name is meant by it, whatever else the name could mean. What a folder or a glob
+holds is read where it lies inside: a link there that leads out of it has to be named itself.
 """
 
+import codecs
 import glob
 import gzip
+import itertools
 import json
 import math
+import os
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from minilora.config import UserError, builtin
-from minilora.jsontext import decode_json, load_json
+from minilora.jsontext import decode_json, load_json, skip_space
 from minilora.weights import snapshot
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+ROW = 2**20    # bytes of the longest row that is read: about a quarter of a million tokens
+BLOCK = 2**17  # bytes of an array that are read at a time; its white space may be as long
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "state.json")  # beside data, not data
 
 
@@ -76,7 +83,12 @@ def find_files(data: Data) -> list[DataFile]:
     if isinstance(data, Path):
         return _local(data, str(data), 1.0)
     if isinstance(data, str):
-        files = [file for name, weight in split_data(data) for file in _named(name, weight)]
+        if "\0" in data:
+            raise UserError(f"{data[:80]!r}: no file has a zero byte in its name")
+        try:
+            files = [file for name, weight in split_data(data) for file in _named(name, weight)]
+        except OSError as error:
+            raise UserError(f"{data[:80]}: cannot be looked for ({error.strerror})") from None
         if not files:
             raise UserError("no data is named; expected files, folders or hub datasets")
         return files
@@ -88,21 +100,37 @@ def _named(name: str, weight: float) -> list[DataFile]:
     on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?", name)
     if not path.exists():
         if glob.has_magic(name):
-            files = [DataFile(Path(found), found, weight)
-                     for found in sorted(glob.glob(name, recursive=True)) if Path(found).is_file()]
-            if not files:
+            paths = [Path(found) for found in sorted(_matches(name)) if not Path(found).is_dir()]
+            if not paths:
                 raise UserError(f"{name}: no file has a name of that pattern")
-            return files
+            start = Path(re.split(r"[*?[]", name, maxsplit=1)[0] + "x").parent
+            return [DataFile(_checked(path, str(path), start), str(path), weight)
+                    for path in paths]
         if on_hub and not on_hub[1].endswith(SUFFIXES):
             return _hub(on_hub[1], on_hub[2] or "", weight)
     return _local(path, name, weight)
 
 
+def _matches(pattern: str) -> set[str]:
+    """What has a name of that pattern. ** goes down folders, and no links to folders, of which two
+    that lead up again would make more paths than can be gone down."""
+    deep = re.search(r"(?:^|(?<=/))\*\*(?:/|$)", pattern)
+    if not deep:
+        return set(glob.glob(pattern))
+    found = set()
+    for start in glob.glob(pattern[:deep.start()]) if deep.start() else [""]:
+        folders = [start]
+        for folder in folders:  # which grows meanwhile
+            found |= _matches(glob.escape(folder) + (pattern[deep.end():] or "*"))
+            with os.scandir(folder or ".") as inside:
+                folders += [os.path.join(folder, entry.name, "") for entry in inside
+                            if entry.is_dir(follow_symlinks=False) and entry.name[0] != "."]
+    return found
+
+
 def _local(path: Path, name: str, weight: float) -> list[DataFile]:
     if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"{name}: no such file")
-        return [DataFile(path, name, weight)]
+        return [DataFile(_checked(path, name), name, weight)]
     files = [DataFile(found, str(Path(name) / found.name), weight) for found in _data_in(path, "*")]
     if not files:
         raise UserError(f"{name}: no data in this folder; expected {', '.join(SUFFIXES)}")
@@ -110,8 +138,26 @@ def _local(path: Path, name: str, weight: float) -> list[DataFile]:
 
 
 def _data_in(folder: Path, pattern: str) -> list[Path]:
-    return [path for path in sorted(folder.glob(pattern))
-            if path.is_file() and path.name.endswith(SUFFIXES) and path.name not in _ABOUT]
+    return [_checked(path, str(path), folder) for path in sorted(folder.glob(pattern))
+            if path.name.endswith(SUFFIXES) and path.name not in _ABOUT and not path.is_dir()]
+
+
+def _checked(path: Path, name: str, start: Path | None = None) -> Path:
+    """The path of a file that may be read; if it was found below `start`, it has to lie there."""
+    if re.search("[\n\ud800-\udfff]", name):
+        raise UserError(f"{name!r}: a name of two lines, or not of UTF-8; rename the file")
+    if not path.is_file():
+        raise UserError(f"{name}: " + (
+            "not a file but a pipe or a device; write what it gives to a file" if path.exists() else
+            "a link to a file that is not there" if path.is_symlink() else "no such file"))
+    if start:
+        home, real = start.resolve(), path.resolve()
+        # The hub's cache holds links in snapshots/ID/ to the files themselves in blobs/.
+        blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
+        if not any(map(real.is_relative_to, [home, *blobs])):
+            raise UserError(f"{name}: a link that leads out of {start}, to {real}; name that file "
+                            "itself if it is meant")
+    return path
 
 
 def _hub(name: str, part: str, weight: float) -> list[DataFile]:
@@ -144,68 +190,113 @@ class RawRow(NamedTuple):
 
 
 def read_rows(file: DataFile) -> Iterator[RawRow]:
-    """The rows of a file, good and bad, in order. JSON Lines and parquet are read bit by bit.
+    """The rows of a file, good and bad, in order, read bit by bit.
 
-    Raises UserError where the file cannot be read.
+    A row longer than `ROW` is a bad one, and the last: what a small .gz unpacks to cannot fill the
+    memory.
+    Raises UserError where the file cannot be read, or not to its end.
     """
     path, name = file.path, file.name
     if name.endswith(".parquet"):
         yield from _parquet_rows(path, name)
         return
-    opened = gzip.open if name.endswith(".gz") else open
+    where = name
     try:
-        # JSON strings may hold other line separators than \n
-        with opened(path, "rt", encoding="utf-8-sig", newline="\n") as lines:
-            first = next((line for line in lines if line.strip()), "")
-            lines.seek(0)
-            yield from (_array_rows(lines.read(), name) if first.lstrip()[:1] == "["
-                        else _line_rows(lines, name))
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: cannot be read as UTF-8 text ({error})") from None
+        with (gzip.open if name.endswith(".gz") else open)(path, "rb") as data:
+            for row in _text_rows(data, name):
+                where = row.where
+                yield row
+    except (OSError, EOFError, zlib.error) as error:
+        what = "" if where == name else "what follows "
+        raise UserError(f"{where}: {what}cannot be read ({error})") from None
 
 
-def _line_rows(lines: Iterable[str], name: str) -> Iterator[RawRow]:
-    number = 0
-    for line, row in enumerate(lines, 1):
-        if row.strip():
-            number += 1
-            where = f"{name}:{line} (row {number})"
-            try:
-                yield RawRow(where, load_json(row))
-            except ValueError as error:
-                expected = "expected one JSON object a line, or one array"
-                yield RawRow(where, problem=f"{error}; {expected}")
-    if not number:
+def _text_rows(data: BinaryIO, name: str) -> Iterator[RawRow]:
+    """The rows of a text: of one array if it begins with [, or else one a line."""
+    if data.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        raise UserError(f"{name}: cannot be read: it is UTF-16; expected UTF-8: convert it")
+    if data.peek(3)[:3] == codecs.BOM_UTF8:
+        data.read(3)
+    lines = _lines(data)
+    first = next(lines, None)
+    if first is None:
         yield RawRow(name, problem="no row in it; expected conversations, one a line or in one "
                                    "array")
+    elif first[1].lstrip().startswith(b"["):
+        blocks = itertools.chain([first[1]], iter(partial(data.read, BLOCK), b""))
+        yield from _array_rows(codecs.iterdecode(blocks, "utf-8", _KEEP), first[0], name)
+    else:
+        yield from _line_rows(itertools.chain([first], lines), name)
 
 
-def _array_rows(text: str, name: str) -> Iterator[RawRow]:
-    token = re.compile(r"[ \t\r\n]*([\[\],]?)[ \t\r\n]*")
-    at = token.match(text).end()
-    line = 1 + text.count("\n", 0, at)
-    number, closed = 0, text.startswith("]", at)
-    if closed:
-        yield RawRow(f"{name}:{line}", problem="no row in it; expected conversations in the array")
-        at = token.match(text, at).end()
-    while not closed:
-        number += 1
+_KEEP = "surrogateescape"  # bytes that are no UTF-8 come as what `decode_json` refuses in a row
+
+
+def _lines(data: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """The lines that hold something, by number; one that is cut off (`_is_cut`) is the last."""
+    lines = iter(partial(data.readline, ROW), b"")  # JSON may hold other line separators than \n
+    for number, line in enumerate(lines, 1):
+        if _is_cut(line):
+            yield number, line
+            return
+        if line.strip():
+            yield number, line
+
+
+def _is_cut(line: bytes) -> bool:
+    return len(line) == ROW and not line.endswith(b"\n")
+
+
+MOST = f"{ROW >> 20} MiB"
+_AFTER = re.compile(r"[ \t\r\n]*([,\]])")  # what stands behind a row of an array
+
+
+def _line_rows(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[RawRow]:
+    for number, (line, row) in enumerate(lines, 1):
         where = f"{name}:{line} (row {number})"
         try:
-            row, end = decode_json(text, at)
+            if _is_cut(row):
+                raise ValueError(f"longer than {MOST}, and the rest of the file is not read")
+            yield RawRow(where, load_json(row.decode("utf-8", _KEEP)))
+        except ValueError as error:
+            yield RawRow(where, problem=f"{error}; expected one JSON object a line, or one array")
+
+
+def _array_rows(pieces: Iterator[str], line: int, name: str) -> Iterator[RawRow]:
+    """The rows of an array whose text comes in pieces."""
+    text, at, number, mark = next(pieces), 0, 0, ","
+    at = text.index("[") + 1
+    while mark == ",":
+        while len(text) - at <= ROW + BLOCK and (more := next(pieces, "")):
+            text, at = text[at:] + more, 0  # all of the next row, or more of it than may be
+        start = skip_space(text, at)
+        where = f"{name}:{line + text.count(chr(10), at, start)}"
+        if number == 0 and text.startswith("]", start):
+            yield RawRow(where, problem="no row in it; expected conversations in the array")
+            at = start + 1
+            break
+        where = f"{where} (row {number + 1})"
+        try:
+            row, end = decode_json(text, start)
+            if end - start > ROW:
+                raise ValueError("too long")
+            yield RawRow(where, row)
+            if not (after := _AFTER.match(text, end)):
+                raise ValueError("no comma and no ] after this row")
         except ValueError as error:  # where the next row begins cannot be known
-            expected = "expected a JSON object, and the rest is not read"
-            yield RawRow(where, problem=f"{error}; {expected}")
+            yield RawRow(where, problem=f"{error}; expected JSON objects of at most {MOST} with "
+                                        "commas between, and the rest of the file is not read")
             return
-        yield RawRow(where, row)
-        mark = token.match(text, end)
-        if mark[1] not in (",", "]"):
-            yield RawRow(where, problem="no comma and no ] after this row; the rest is not read")
+        number, mark = number + 1, after[1]
+        line += text.count("\n", at, after.end())
+        at = after.end()
+    for piece in itertools.chain([text[at:]], pieces):
+        start = skip_space(piece, 0)
+        line += piece.count("\n", 0, start)
+        if start < len(piece):
+            yield RawRow(f"{name}:{line}", problem="text after the end of the array; expected "
+                                                   "nothing")
             return
-        line += text.count("\n", at, mark.end())
-        at, closed = mark.end(), mark[1] == "]"
-    if text[at:]:
-        yield RawRow(f"{name}:{line}", problem="text after the end of the array; expected nothing")
 
 
 def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
@@ -221,7 +312,7 @@ def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
     except ImportError:
         raise UserError(f"{name}: parquet is read with pyarrow, which is missing; install it: "
                         "pip install pyarrow") from None
-    number = 0
+    number, where = 0, name
     try:
         with ParquetFile(path) as table:
             for batch in table.iter_batches(batch_size=256):
@@ -232,9 +323,10 @@ def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
                         yield RawRow(where, load_json(json.dumps(_without_nulls(row), default=str)))
                     except ValueError as error:
                         yield RawRow(where, problem=str(error))
-    except (OSError, ArrowException) as error:
+    except (OSError, ValueError, ArrowException) as error:  # a text that is not UTF-8
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{name}: cannot be read as parquet ({reason})") from None
+        what = "" if where == name else "what follows "
+        raise UserError(f"{where}: {what}cannot be read as parquet ({reason})") from None
     if not number:
         yield RawRow(name, problem="no row in it; expected conversations")
 

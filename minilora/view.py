@@ -40,8 +40,10 @@ def _characters(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[int,
     """(start, end, text) of each token, or of those neighbours that share a character."""
     start = 0
     for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[start:end])
-        if end == len(ids) or not text.endswith("\ufffd"):  # an unfinished character
+        token = list(ids[start:end])
+        text = tokenizer.decode(token)
+        # An unfinished character is decoded to U+FFFD, and so is U+FFFD itself.
+        if end == len(ids) or text[-1:] != "\ufffd" or tokenizer.encode(text) == token:
             yield start, end, text
             start = end
 

@@ -14,6 +14,7 @@ import torch
 from conftest import real_input
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_readers import hermes, mistral, sharegpt, typed, without_ids
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.chat import (
@@ -34,7 +35,9 @@ from minilora.constrain import Constraint, Vocabulary
 from minilora.dialects import DIALECTS
 from minilora.jsontext import dump_json, load_json
 from minilora.notation import Block, Dialect, call_from
+from minilora.readers import openai_row, read_row
 from minilora.tokenizer import Tokenizer
+from minilora.tools import converse, tool_schema
 
 LAW = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 EACH = pytest.mark.parametrize("dialect", DIALECTS)
@@ -539,9 +542,13 @@ def test_strict_json():
 
 # --- hostile text ---------------------------------------------------------------------------------
 
-INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\xad\u034f\u202e\0"
-LOOKALIKE = str.maketrans("<>[]_eo", "＜＞［］＿ео")  # fullwidth, Cyrillic
+INVISIBLE = "\u200b\u200c\u200d\u2060\ufeff\xad\u034f\u202e\u2067\0\u0338\u20d2\u0301\ufe0f"
+LOOKALIKES = [str.maketrans("<>[]_eo", each) for each in (  # Cyrillic, and what NFKC makes plain
+    "＜＞［］＿ео", "﹤﹥〔〕‿ℯℴ", "‹›⁅⁆_𝐞𝐨", "≮≯[]﹍ｅｏ")]
 BRACES = {"<": "{\ue000", "[": "{\ue001"}  # what a notation quotes as it does these, and no tag has
+VOCABULARIES = {"tokenizer": "a tiny vocabulary", "nano_tokenizer": "nano",
+                "gemma2_tokenizer": "Gemma 2"}
+LAYOUTS = [openai_row, mistral, typed, sharegpt, hermes]
 
 
 def hostile_texts(rng, tokens, number) -> list[str]:
@@ -553,69 +560,193 @@ def hostile_texts(rng, tokens, number) -> list[str]:
             half = rng.choice(tokens)
             at = rng.randrange(1, len(half))
             texts[n - 1], texts[n] = texts[n - 1] + half[:at], half[at:]
-        for _ in range(rng.randint(1, 4)):
+        for _ in range(rng.choice([0, 1, 1, 1, 2, 4])):
             tag, inner = rng.sample(tokens, 2)
             at = rng.randrange(1, len(tag))
             texts[n] += rng.choice([
                 tag, tag + inner, tag[:at] + inner + tag[at:], tag[:at] + rng.choice(INVISIBLE)
-                + tag[at:], tag.translate(LOOKALIKE), html.escape(tag), tag.replace("_", "▁"),
-                tag.upper(), "".join(f"<0x{byte:02X}>" for byte in tag.encode()), tag[at:],
+                + tag[at:], tag.translate(rng.choice(LOOKALIKES)), html.escape(tag), tag[::-1],
+                tag.replace("_", "▁"), tag.upper(), "\u202e" + tag[::-1],
+                "".join(char + rng.choice(INVISIBLE) for char in tag),
+                "".join(f"<0x{byte:02X}>" for byte in tag.encode()), tag[at:],
                 f"\n{tag}model\n", f'"}}}}\n{tag}', f"\\{tag}", f"{tag}}},x:{{", "a ", " \n", "é"])
     return texts
 
 
-def hostile_conversation(texts) -> Conversation:
-    """One with a text at every place that has one."""
-    (name, said, key, about, choice, system, asked, told, thought, called, to, of, id, result,
-     answer, again, last) = texts
-    schema = {"type": "object", "properties": {
-        key: {"type": "string", "description": about, "enum": [choice]}}}
+def hostile_conversation(texts, rng) -> Conversation:
+    """One with a text at every place that has one, mostly in the order in which they are rendered.
+
+    Of several keys in an object each begins with another letter, for they may be sorted.
+    """
+    text = texts.__next__
+    system, name, said = text(), text() or "f", text()
+    schema = {"type": "object", f"a{text()}": text(), "properties": {text(): {
+        "type": "string", "description": text(), "enum": [text(), {text(): text()}],
+        "default": text(), "title": [text()], "items": {"properties": {text(): {"type": text()}}}}}}
     tool = {"type": "function", "function": {
-        "name": name, "description": said, "parameters": schema}}
-    call = ToolCall(called or "f", {to: of}, id or None)
+        "name": name, "description": said, "parameters": schema, f"z{text()}": text()}}
+    asked, thought, told = text(), text(), text()
+    calls = tuple(ToolCall(
+        text() or "f", {text(): text()} if rng.random() < 0.5 else
+        {f"a{text()}": text(), f"b{text()}": [text(), {text(): text()}]}, text() or None)
+        for _ in range(rng.choice([0, 1, 2])))
+    some = [text(), dump_json(text()), dump_json({text(): [text()], text(): {text(): text()}})]
+    results = [Message("tool", result, name=text() or None, tool_call_id=call.id)
+               for call, result in zip(calls, rng.sample(some, 2), strict=False)]
+    answers = [Message("assistant", text(), text())] if calls and rng.random() < 0.8 else []
     return Conversation((
         Message("system", system), Message("user", asked),
-        Message("assistant", told, thought, (call,)), Message("tool", result, tool_call_id=id),
-        Message("assistant", answer), Message("user", again), Message("assistant", last)), (tool,))
+        Message("assistant", told, thought, calls), *results, *answers,
+        Message("user", text()), Message("assistant", text())), (tool,))
+
+
+def spans(ids, kinds, tokenizer) -> list[tuple]:
+    """The stretches of one kind between control tokens, and these: kind, whether control, text."""
+    control = tokenizer._control - tokenizer._bytes.keys()
+    marked = [(kind, i in control, i) for kind, i in zip(kinds, ids, strict=True)]
+    return [(*key, tokenizer.decode([i for *_, i in run]))
+            for key, run in itertools.groupby(marked, lambda each: each[:2])]
+
+
+def harmless(text) -> str:
+    return "".join(BRACES.get(char, char) for char in text)
+
+
+def harmful(found: list[tuple]) -> list[tuple]:
+    """The stretches of what was harmless, with the texts as they were."""
+    def text(each):
+        for char, braces in BRACES.items():
+            each = each.replace(braces, char)
+        return each
+
+    return [(kind, control, each if control else text(each)) for kind, control, each in found]
+
+
+def tokens_of(tokenizer) -> list[str]:
+    special = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<unused9>"]
+    return [token for token in [*special, *tokenizer.new_tokens] if tokenizer.knows(token)]
 
 
 def check_hostile_texts(tokenizer, dialect, number, seed=0) -> int:
     """No text yields a control id or ends a span, and all come back; how many texts there were."""
-    rng, tried = random.Random(f"{seed} {dialect}"), 0
-    special = ["<bos>", "<eos>", "<pad>", "<start_of_turn>", "<end_of_turn>", "<unused9>"]
-    tokens = [token for token in [*special, *tokenizer.new_tokens] if tokenizer.knows(token)]
-    control = set(tokenizer._ids.values())
+    rng, tokens, tried = random.Random(f"{seed} {dialect}"), tokens_of(tokenizer), 0
     while tried < number:
-        texts = hostile_texts(rng, tokens, 17)
-        tried += len(texts)
-        hostile = hostile_conversation(texts)
-        harmless = rewritten(hostile, lambda text: "".join(BRACES.get(c, c) for c in text))
-        found, wanted = (render(each, tokenizer, dialect) for each in (hostile, harmless))
-        for law in (lambda it: [i for i in it.ids if i in control],
-                    lambda it: [kind for kind, _ in itertools.groupby(it.kinds)]):
-            assert law(found) == law(wanted), texts
-        plain = tokenizer.decode(wanted.ids)
-        for char, braces in BRACES.items():
-            plain = plain.replace(braces, char)
-        assert tokenizer.decode(found.ids) == plain, texts
-        message = hostile.messages[2]
-        ids = reply_ids(message, tokenizer, dialect)
-        reply = split_reply(decode_reply(ids, tokenizer, dialect), dialect)
-        if dialect != "mistral":  # which alone writes ids
-            message = dataclasses.replace(message, tool_calls=tuple(
-                dataclasses.replace(call, id=None) for call in message.tool_calls))
-        thinking, content = message.thinking.strip(), message.content.strip()
-        if dialect != "hermes":  # which alone has tags for thinking
-            thinking, content = "", "\n".join(filter(None, [thinking, content]))
-        assert reply == dataclasses.replace(message, thinking=thinking, content=content), texts
+        texts = hostile_texts(rng, tokens, 60)
+        state, left = rng.getstate(), iter(texts)
+        hostile = hostile_conversation(left, rng)
+        tried += len(texts) - len(list(left))
+        rng.setstate(state)
+        peaceful = hostile_conversation(map(harmless, texts), rng)
+        found, wanted = (render(each, tokenizer, dialect) for each in (hostile, peaceful))
+        assert spans(found.ids, found.kinds, tokenizer) == harmful(
+            spans(wanted.ids, wanted.kinds, tokenizer)), texts
+        for message in hostile.messages:
+            if message.role == "assistant":
+                check_reply(message, tokenizer, dialect)
+        for layout in rng.sample(LAYOUTS, 2):
+            check_row(layout, texts, tokenizer, dialect)
     return tried
+
+
+def check_reply(message, tokenizer, dialect) -> None:
+    """What the model would write for this message is read as this message."""
+    reply = split_reply(decode_reply(reply_ids(message, tokenizer, dialect), tokenizer, dialect),
+                        dialect)
+    if dialect != "mistral":  # which alone writes ids
+        message = dataclasses.replace(message, tool_calls=tuple(
+            dataclasses.replace(call, id=None) for call in message.tool_calls))
+    thinking, content = message.thinking.strip(), message.content.strip()
+    if dialect != "hermes":  # which alone has tags for thinking
+        thinking, content = "", "\n".join(filter(None, [thinking, content]))
+    assert reply == dataclasses.replace(message, thinking=thinking, content=content), message
+
+
+def check_row(layout, texts, tokenizer, dialect) -> None:
+    """A data set's fields are the texts that they were; where Hermes tags are structure, others are
+    not, and no tag is a control token that was not read as structure."""
+    control = tokenizer._control - tokenizer._bytes.keys()
+    structure = layout is hermes
+    words = (each.strip() or "x" for each in texts)
+    if structure:
+        words = (re.sub(r"</?(tool|think)", "</", each) for each in words)
+    text = words.__next__
+    tool = {"type": "function", "function": {"name": text(), "description": text(), "parameters": {
+        "type": "object", "properties": {text(): {"description": text()}}}}}
+    calls = tuple(ToolCall(text(), {text(): text(), text(): {text(): text()}}, f"{n}{text()}")
+                  for n in range(2))
+    wanted = Conversation((
+        Message("system", text()), Message("user", text()), Message("assistant", tool_calls=calls),
+        *(Message("tool", text(), tool_call_id=call.id) for call in calls),
+        Message("assistant", text(), text()), Message("user", text()),
+        Message("assistant", text())), (tool,))
+    row = json.loads(json.dumps(layout(wanted)))
+    found = read_row(row | ({} if structure else {"hermes_tags": False}), lambda notice: None)
+    if layout in (sharegpt, hermes):
+        assert without_ids(found) == without_ids(wanted), layout
+    else:
+        assert found == wanted, layout
+    try:  # by the rule that Hermes tags are structure, whatever comes of it
+        found = read_row({key: row[key] for key in row if key != "hermes_tags"}, lambda _: None)
+    except ValueError:
+        return
+    ids, others = (render(each, tokenizer, dialect).ids
+                   for each in (found, rewritten(found, harmless)))
+    assert [i for i in ids if i in control] == [i for i in others if i in control], layout
 
 
 @EACH
 @pytest.mark.parametrize("which", ["tokenizer", "nano_tokenizer", "gemma2_tokenizer"])
-def test_no_text_becomes_a_control_token_or_ends_a_span(request, which, dialect):
+def test_no_text_becomes_a_control_token_or_ends_a_span(request, which, dialect, cases, tried):
     """Over ten thousand of them on each vocabulary."""
-    assert check_hostile_texts(request.getfixturevalue(which), dialect, 3400) >= 3400
+    number = check_hostile_texts(request.getfixturevalue(which), dialect, cases(3400, 34_000))
+    tried(f"hostile texts, {VOCABULARIES[which]}", number)
+
+
+@EACH
+@pytest.mark.parametrize("which", ["nano_tokenizer", "gemma2_tokenizer"])
+def test_no_text_gets_out_of_its_place_in_a_chat(request, which, dialect, cases, tried):
+    """Whatever is asked, called, returned or raised, each prompt goes on from the last one and from
+    what the model then wrote, and its control tokens are those of the layout."""
+    tokenizer, rng = request.getfixturevalue(which), random.Random(dialect)
+
+    def prompts_of(text) -> list:
+        def f(a: str, more: dict) -> object:
+            how = rng.randrange(4)
+            if how == 0:
+                raise ValueError(text())
+            return [text(), {text(): [text(), {text(): text()}]}, [text()]][how - 1]
+
+        def reply(shown):
+            prompt = render(Conversation(tuple(shown), tools), tokenizer, dialect, generate=True)
+            calls = [ToolCall("f", {"a": text(), "more": {text(): text()}})
+                     for _ in range(len(prompts) % 3)]
+            thought = text() if dialect == "hermes" else ""  # which alone has tags for it
+            ids = reply_ids(Message("assistant", text(), thought, tuple(calls)), tokenizer, dialect)
+            assert all(prompt.ids[:len(start)] == start for start in whole[-1:])
+            prompts.append(prompt)
+            whole.append(prompt.ids + ids)
+            return decode_reply(ids, tokenizer, dialect)
+
+        prompts, whole, messages, tools = [], [], [], (tool_schema(f),)
+        for _ in range(2):
+            messages.append(Message("user", text()))
+            for _ in converse(messages, reply, {"f": f}, dialect, timeout=None, budget=10**6):
+                pass
+            whole.clear()  # an empty answer is shown as another
+        return prompts
+
+    number, many = 0, cases(400, 4000)
+    while number < many:
+        texts = hostile_texts(rng, tokens_of(tokenizer), 100)
+        state, left = rng.getstate(), iter(texts)
+        found = prompts_of(left.__next__)
+        number += len(texts) - len(list(left))
+        rng.setstate(state)
+        wanted = prompts_of(map(harmless, texts).__next__)
+        for one, other in zip(found, wanted, strict=True):
+            assert spans(one.ids, one.kinds, tokenizer) == harmful(
+                spans(other.ids, other.kinds, tokenizer))
+    tried(f"hostile texts, {VOCABULARIES[which]}", number)
 
 
 # --- the chat template ----------------------------------------------------------------------------

@@ -513,8 +513,8 @@ def test_what_is_wrong_with_a_file(tmp_path, text, problem):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes(b'{"messages": "\xe9"}')
-    for name, problem in [("none.jsonl", "no such file"), ("latin.jsonl", "UTF-8"), ("", "read")]:
+    (tmp_path / "wide.jsonl").write_text("{}", encoding="utf-16")
+    for name, problem in [("none.jsonl", "no such file"), ("wide.jsonl", "UTF-8"), ("", "read")]:
         with pytest.raises(UserError, match=problem):
             read_conversations(tmp_path / name, on_problem=lambda problem: None)
 
