@@ -40,8 +40,8 @@ from minilora.config import (
 )
 from minilora.constrain import Constraint, Vocabulary
 from minilora.dialects import DIALECTS
-from minilora.files import write_file
-from minilora.generate import stream, stream_text
+from minilora.files import current, write_file
+from minilora.generate import Held, stream, stream_text
 from minilora.jsontext import dump_json
 from minilora.model import Gemma
 from minilora.readers import openai_row
@@ -61,6 +61,7 @@ from minilora.tools import (
 from minilora.weights import placement
 
 SHOWN = 1000  # characters of a call or a result on the screen; --json has all of them
+PRINTED = 10_000  # characters of what tools print for one question
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,30 +77,43 @@ def main(argv: list[str] | None = None) -> None:
     if flags.think != "on" and THINK not in DIALECTS[dialect].tokens:
         raise UserError(f"--think {flags.think}: the {dialect} dialect has no token for thinking, "
                         "so it cannot be told from an answer")
+    transcript = flags.transcript and Path(flags.transcript).absolute()  # a tool may change folders
     screen = Screen(sys.stdout, flags.json, flags.think, tuple(DIALECTS[dialect].tokens))
     stops = stop_ids(tokenizer, dialect)
     barred = [tokenizer.token_id(THINK)] if flags.think == "off" and tokenizer.knows(THINK) else []
     context = model.config.max_position_embeddings
     room = min(config.max_new, context // 4)  # of it, for a reply
+    barred += range(tokenizer.vocab_size, model.embed_tokens.num_embeddings)  # ids without a text
     messages = [Message("system", flags.system)] if flags.system else []
-    since = len(messages)  # the first message after it that the model is still shown
+    since, outgrown = len(messages), False  # the first message after it that is still shown
+    held = Held()
     vocabulary = Vocabulary(tokenizer) if config.constrained else None
 
     def prompt_of(messages: list[Message]) -> list[int]:
         conversation = Conversation(tuple(messages), tools, "the conversation")
         return render(conversation, tokenizer, dialect, generate=True).ids
 
+    def fits(messages: list[Message], most: int = context) -> bool:
+        return len(prompt_of(messages)) + room <= most
+
     def reply(messages: list[Message]) -> str:
         """One turn of the model, shown as it is written."""
-        nonlocal since
-        shown, start = latest(messages, lambda some: len(prompt_of(some)) + room <= context, since)
+        nonlocal since, outgrown
+        shown, start = latest(messages, fits, since)
+        if start > since:  # by a quarter more: else each turn cuts it, and all is read anew
+            shown, start = latest(messages, lambda some: fits(some, context * 3 // 4), since)
         prompt, written = prompt_of(shown), []
         if start > since and len(prompt) < context:
             since = start
-            screen.show(Event("context", f"the chat has outgrown the model's {context} tokens and "
-                              f"goes on from its latest {len(shown)} messages; tools are kept"))
+            if not outgrown:
+                screen.show(Event("context", f"the chat has outgrown the model's {context} tokens "
+                                  f"and goes on from its latest {len(shown)} messages; from now "
+                                  "on the oldest are left out, and "
+                                  + ("the system prompt and " if flags.system else "")
+                                  + "the tools are kept"))
+            outgrown = True
         constraint = vocabulary and Constraint(vocabulary, tools, dialect)
-        ids = stream(model, prompt, config, stops, barred, constraint)
+        ids = stream(model, prompt, config, stops, barred, constraint, held)
         screen.write(stream_text(noted(ids, written), tokenizer))
         text, most = decode_reply(written, tokenizer, dialect), context - len(prompt)
         if len(written) == min(config.max_new, most):
@@ -126,12 +140,16 @@ def main(argv: list[str] | None = None) -> None:
             del messages[before[0]:]
             since = before[1]
             raise
+        finally:
+            aside.left = PRINTED
 
     def row() -> dict:
         """The conversation so far, as data."""
         return openai_row(Conversation(tuple(messages), tools))
 
-    with contextlib.redirect_stdout(sys.stderr):  # what a tool prints is not the model's
+    # What a tool prints is not the model's.
+    aside = Aside(sys.stderr)
+    with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
         try:
             for question in lines() if flags.prompt is None else [flags.prompt]:
                 try:
@@ -140,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
                     if flags.prompt is not None:
                         raise
                     print(f"error: {visible(str(error))} (the question is left out)",
-                          file=sys.stderr)
+                          file=aside.out)
                     continue
                 except KeyboardInterrupt:
                     if flags.prompt is not None or not sys.stdin.isatty():
@@ -148,13 +166,13 @@ def main(argv: list[str] | None = None) -> None:
                     screen.show(Event("stopped", "stopped; the question and what came of it are "
                                       "left out"))
                     continue
-                if flags.transcript:
-                    write_file(Path(flags.transcript), f"{dump_json(row())}\n".encode())
+                if transcript:
+                    write_file(transcript, f"{dump_json(row())}\n".encode())
         except KeyboardInterrupt:
             if flags.prompt is not None:
                 raise
-    if flags.json:
-        print(dump_json({"event": "end", **row()}))
+        if flags.json:
+            print(dump_json({"event": "end", **row()}), file=screen.out)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -206,9 +224,9 @@ def load(flags: argparse.Namespace) -> tuple[Gemma, Tokenizer, str]:
     """
     source, adapter = flags.model, flags.adapter
     if source is None and adapter is None:
-        runs = [path.parent for name in ("nano", "nano-[0-9]*")
-                for path in Path("runs").glob(f"{name}/adapter")]
-        adapter = max(runs, key=lambda run: (run / "adapter").stat().st_mtime, default=None)
+        found = {run: current(run / "adapter") for name in ("nano", "nano-[0-9]*")
+                 for run in Path("runs").glob(name) if current(run / "adapter").is_dir()}
+        adapter = max(found, key=lambda run: found[run].stat().st_mtime, default=None)
     if source is None:
         source = adapter_base(adapter) if adapter else "nano"
     settings = from_flags(TrainConfig, flags)
@@ -278,6 +296,35 @@ class Screen:
             self.say("(the model ended its turn without a word)")
         elif event.kind in ("limit", "context", "cut", "stopped"):
             self.say(f"({event.text})", dim=event.kind != "limit")
+
+
+class Aside:
+    """Where tools print while the chat goes on: on `out`, whatever they do.
+
+    They cannot close it, a terminal obeys nothing of it, and of what they print for one question
+    the first `PRINTED` characters are shown. Else it is as `out` is.
+    """
+
+    def __init__(self, out: TextIO) -> None:
+        self.out, self.left = out, PRINTED
+
+    def write(self, text: str) -> int:
+        if self.left:
+            self.out.write(visible(text[:self.left].replace("\r", "\n")))
+            self.left = max(0, self.left - len(text))
+            if not self.left:
+                self.out.write("\n(tools print more than is shown)\n")
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def close(self) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.out, name)
 
 
 def noted(ids: Iterable[int], written: list[int]) -> Iterator[int]:

@@ -24,6 +24,7 @@ fits; here a call may pass its answer on, so that calls are right if any pairing
 """
 
 import re
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +33,7 @@ from minilora.config import UserError
 from minilora.jsontext import dump_json
 
 Answer = ToolCall | dict
+REASON = 1000  # characters
 
 
 class Problem(NamedTuple):
@@ -56,7 +58,18 @@ def check_calls(calls: Sequence[ToolCall], tools: Sequence[dict],
 
 def find_problem(calls: Sequence[ToolCall], tools: Sequence[dict],
                  accepted: Sequence[Answer] | None) -> Problem | None:
-    """What keeps `calls` from being right, None if nothing does. Arguments as for `check_calls`."""
+    """What keeps `calls` from being right, None if nothing does. Arguments as for `check_calls`.
+
+    The reason is cut to `REASON` characters: what a model writes may be of any length.
+    """
+    problem = _find(calls, tools, accepted)
+    if problem and len(problem.reason) > REASON:
+        problem = problem._replace(reason=f"{problem.reason[:REASON]} …")
+    return problem
+
+
+def _find(calls: Sequence[ToolCall], tools: Sequence[dict],
+          accepted: Sequence[Answer] | None) -> Problem | None:
     functions = functions_of(tools)
     for answer in accepted or ():
         check_answer(answer, functions)
@@ -211,7 +224,7 @@ def _value_problem(value: object, accepted: list, schema: dict) -> str:
     wanted = _kind_of(accepted)
     kind = _declared(schema) or wanted
     inner = _declared(schema.get("items")) if kind is list else None
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value) is not kind:
         if type(value) is not wanted:

@@ -39,22 +39,56 @@ def generate(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     return replies
 
 
+class Held:
+    """What a model has read and written of a chat, for prompts that go on from there.
+
+    A chat is not read anew at each turn: of a prompt only what comes after the ids that the cache
+    holds. It has room for twice what was needed when it was made.
+    """
+
+    def __init__(self) -> None:
+        self.ids: list[int] = []  # that the cache holds, in its order
+        self.cache: KVCache | None = None
+
+    def take(self, model: Gemma, prompt: list[int], size: int) -> KVCache:
+        """A cache for `prompt` and what follows, `size` tokens in all, that holds some of it."""
+        pairs = zip(self.ids, prompt[:-1], strict=False)  # the last one is read for its logits
+        same = next((at for at, (a, b) in enumerate(pairs) if a != b),
+                    min(len(self.ids), len(prompt) - 1))
+        if not self.cache or size > self.cache.capacity:
+            weight = model.embed_tokens.weight
+            room = min(2 * size, model.config.max_position_embeddings)
+            self.cache = KVCache(model.config, 1, room, weight.dtype, weight.device)
+        elif not self.cache.rewind(same):
+            self.cache.rewind(0)
+        self.ids = []  # until it is known what has been written
+        return self.cache
+
+
 def stream(model: Gemma, prompt: list[int], config: GenerateConfig, stop_ids: Collection[int],
-           barred: Collection[int] = (), constraint: Constraint | None = None) -> Iterator[int]:
-    """The new ids of one prompt, each as soon as it is drawn. Raises what `steps` does."""
-    constraints = [constraint] if constraint else []
-    for new, in steps(model, [prompt], config, stop_ids, barred, constraints):
+           barred: Collection[int] = (), constraint: Constraint | None = None,
+           held: Held | None = None) -> Iterator[int]:
+    """The new ids of one prompt, each as soon as it is drawn. Raises what `steps` does.
+
+    What `held` has of the prompt is not read again; after the last id it has that one's, too.
+    """
+    constraints, written = [constraint] if constraint else [], []
+    for new, in steps(model, [prompt], config, stop_ids, barred, constraints, held):
+        written.append(new)
         yield new
+    if held:
+        held.ids = [*prompt, *written][:held.cache.length]
 
 
 @torch.no_grad()
 def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
           stop_ids: Collection[int], barred: Collection[int] = (),
-          constraints: Sequence[Constraint] = ()) -> Iterator[list[int | None]]:
+          constraints: Sequence[Constraint] = (),
+          held: Held | None = None) -> Iterator[list[int | None]]:
     """Yields each step's new id for every prompt, None for those that have ended.
 
     The ids in `barred` are never drawn, nor what a prompt's constraint bars; `constraints` are
-    fresh ones, one for each prompt, or none at all.
+    fresh ones, one for each prompt, or none at all. `held` is for a single prompt, as in `stream`.
 
     The model is in eval mode (no dropout) while this runs. The same seed draws the same ids for the
     same batch. Raises UserError for a prompt that is empty or fills the model's context, and for
@@ -80,7 +114,10 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     ids, documents = ids.to(device), documents.to(device)
     positions = positions.clamp(min=0).to(device)
 
-    cache = KVCache(model.config, len(prompts), width + max(left) - 1, dtype, device)
+    size = width + max(left) - 1
+    cache = (held.take(model, prompts[0], size) if held else
+             KVCache(model.config, len(prompts), size, dtype, device))
+    ids, positions, documents = (each[:, cache.length:] for each in (ids, positions, documents))
     cache.compiled = records(device) and compiles(device)
 
     def read(ids: Tensor, positions: Tensor, documents: Tensor | None = None) -> Tensor:
@@ -97,7 +134,8 @@ def steps(model: Gemma, prompts: list[list[int]], config: GenerateConfig,
     model.eval()
     try:
         while going:
-            logits = step(ids, positions) if cache.length else read(ids, positions, documents)
+            logits = (step(ids, positions) if cache.length >= width else
+                      read(ids, positions, documents))
             logits.index_fill_(1, bars, -torch.inf)                          # [B, V']
             for row, prompt in enumerate(rows if constraints else ()):
                 if prompt in going:

@@ -177,6 +177,14 @@ class KVCache:
         self.length += T
         self.next += T
 
+    def rewind(self, length: int) -> bool:
+        """Forgets all tokens but the first `length`, if no ring has given up one that they see."""
+        if 0 < length < self.length and self.length > min(self.sizes.values()):
+            return False
+        self.length = length
+        self.next.fill_(length)
+        return True
+
     def keep(self, rows: list[int]) -> None:
         """Forgets all rows of the batch but these."""
         self.rings = [ring[:, rows] for ring in self.rings]

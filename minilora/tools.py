@@ -14,6 +14,7 @@ import ctypes
 import dataclasses
 import difflib
 import enum
+import functools
 import importlib.util
 import inspect
 import itertools
@@ -30,15 +31,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path, PurePath
+from typing import NamedTuple
 
 from minilora.chat import MalformedCall, Message, ToolCall, split_reply
 from minilora.config import UserError
 from minilora.jsontext import dump_json
+from minilora.readers import warn
 
 TIMEOUT = 30.0  # seconds that a function may take
-BUDGET = 4000   # characters of its result that the model is shown
+BUDGET = 4000   # characters that the model is shown of its result, or of all those of a round
 ROUNDS = 8      # rounds of calls that are run for one question
+CALLS = 32      # calls in one of them
 REPEATS = 2     # times that the very same call may fail
 
 # --- a function's schema --------------------------------------------------------------------------
@@ -130,7 +135,9 @@ def _convert(value: object, hint: object) -> object:
     if origin is typing.Annotated:
         return _convert(value, inner[0])
     if origin in (typing.Union, types.UnionType):
-        fits = (option for option in inner if not _problems(value, _hint_schema(option, ""), ""))
+        root = _Root({}, iter(range(STEPS)))
+        fits = (option for option in inner
+                if not any(_problems(value, _hint_schema(option, ""), "", root)))
         return _convert(value, next(fits))
     if hint is float:
         return float(value)
@@ -193,8 +200,8 @@ BOUNDS: dict[str, tuple[type | tuple, Callable, str]] = {
     "maximum": ((int, float), operator.le, "at most {}"),
     "exclusiveMinimum": ((int, float), operator.gt, "more than {}"),
     "exclusiveMaximum": ((int, float), operator.lt, "less than {}"),
-    "multipleOf": ((int, float), lambda number, step: math.isclose(
-        number, round(number / step) * step), "a multiple of {}"),
+    "multipleOf": ((int, float), lambda number, step: (
+        Fraction(repr(number)) / Fraction(repr(step))).denominator == 1, "a multiple of {}"),
     "minLength": (str, lambda text, least: len(text) >= least, "at least {} characters"),
     "maxLength": (str, lambda text, most: len(text) <= most, "at most {} characters"),
     "pattern": (str, lambda text, pattern: re.search(pattern, text), "text that matches {}"),
@@ -206,59 +213,163 @@ BOUNDS: dict[str, tuple[type | tuple, Callable, str]] = {
     "maxProperties": (dict, lambda object, most: len(object) <= most, "at most {} keys"),
 }
 
+# What JSON Schema has besides.
+UNCHECKED = {"if", "contains", "dependentRequired", "dependentSchemas", "patternProperties",
+             "prefixItems", "propertyNames", "unevaluatedItems", "unevaluatedProperties",
+             "$dynamicRef"}
+STEPS = 100_000  # of a check: a step looks at one value and one schema
+MOST = 20        # problems of one call that are told
+SHOWN = 60       # characters of a key or a value in one of them
+
 
 def check_arguments(schema: dict, arguments: object) -> list[str]:
     """What is wrong with a call's arguments, one sentence a problem; none when they fit.
 
     `schema` is a tool's schema. Unknown and missing parameters, types (true is no integer, an
     integer is a number, "5" is neither), choices, ranges, lengths and patterns (as Python's `re`
-    has them), and the insides of arrays and objects. Raises UserError for a bound in the schema
-    that is none.
+    has them), the insides of arrays and objects, and what allOf, anyOf, oneOf, not and a local $ref
+    add. An object may have the keys that its schema or one beside it names; any where none does.
+    What is in `UNCHECKED` passes, and a note tells of it once; so does a pattern that some text
+    could keep busy for long. Of many problems the first `MOST` are told. Raises UserError for a
+    schema that is none, a bound in it that is none, and one that takes more than `STEPS` steps.
     """
-    parameters = schema.get("function", schema).get("parameters") or {}
-    return _problems(arguments, {"properties": {}, **parameters, "type": "object"}, "")
+    function = schema.get("function", schema)
+    parameters = function.get("parameters") or {}
+    root = _Root(parameters, iter(range(STEPS)))
+    try:
+        found = _problems(arguments, {"properties": {}, **parameters, "type": "object"}, "", root)
+        return list(dict.fromkeys(itertools.islice(found, MOST)))
+    except UserError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        raise UserError(f"tool {function.get('name')}: its parameters are not a JSON schema; mend "
+                        "them or do not offer it") from None
 
 
-def _problems(value: object, schema: dict, where: str) -> list[str]:
-    """What keeps `value` from fitting a JSON schema; `where` is its path, as `days[2].name`."""
-    options = schema.get("anyOf")
-    if options:
-        return [] if any(not _problems(value, option, where) for option in options) else [
-            _expected(value, _describe(schema), where)]
+class _Root(NamedTuple):
+    """What a check knows everywhere."""
+
+    schema: dict          # in which a $ref leads to a part
+    steps: Iterator[int]  # those that are left
+
+
+def _problems(value: object, schema: dict | bool, where: str, root: _Root,
+              beside: frozenset[str] = frozenset()) -> Iterator[str]:
+    """What keeps `value` from fitting a JSON schema; `where` is its path, as `days[2].name`.
+
+    `beside` are the keys that schemas know which hold for the same value.
+    """
+    if next(root.steps, None) is None:
+        raise UserError(f"the schema of {where or 'the arguments'} takes more than {STEPS:,} steps "
+                        "to check; make it, or the call, smaller")
+    if isinstance(schema, bool):  # true: any value, false: none
+        if not schema:
+            yield _expected(value, "no such value", where)
+        return
     kinds = _kinds(schema)
-    if kinds and not any(isinstance(value, TYPES.get(kind, object)) for kind in kinds
-                         if not isinstance(value, bool) or kind in ("boolean", "any")):
-        return [_expected(value, _describe(schema), where)]
     # Python has True == 1, JSON has not.
-    if "enum" in schema and not any(value == choice and isinstance(value, bool)
-                                    == isinstance(choice, bool) for choice in schema["enum"]):
-        return [_expected(value, _describe(schema), where)]
-    problems = []
+    choices = [schema["const"]] if "const" in schema else schema.get("enum", [value])
+    if kinds and not any(isinstance(value, TYPES.get(kind, object)) for kind in kinds
+                         if not isinstance(value, bool) or kind in ("boolean", "any")) or not any(
+            value == choice and isinstance(value, bool) == isinstance(choice, bool)
+            for choice in choices):
+        yield _expected(value, _describe(schema), where)
+        return
+    for word in UNCHECKED & schema.keys():
+        _tell(f"{word} in a tool's schema")
+    parts = [*([_target(schema["$ref"], root)] if "$ref" in schema else []),
+             *schema.get("allOf", ())]
+    some, one = schema.get("anyOf") or [], schema.get("oneOf") or []
+    known = schema.get("properties", {})
+    shared = beside | known.keys() | _keys([*parts, *some], root)
+    beside = shared | _keys([*one], root)
+
+    def fits(other: dict | bool, beside: frozenset[str]) -> bool:
+        return not any(_problems(value, other, where, root, beside))
+
+    for part in parts:
+        yield from _problems(value, part, where, root, beside)
+    if some and not any(fits(option, beside) for option in some):
+        yield _expected(value, _describe({"anyOf": some}), where)
+    # One of these does not know the keys of the others, by which they are told apart.
+    if one and (count := sum(fits(option, shared) for option in one)) != 1:
+        yield _expected(value, ("just one of " if count else "") + _describe({"oneOf": one}), where)
+    if "not" in schema and fits(schema["not"], beside):
+        yield _expected(value, f"anything but {_describe(schema['not'])}", where)
     for word, (of, keeps, said) in BOUNDS.items():
         bound = _bound(schema, word)
         if bound is None or isinstance(value, bool) or not isinstance(value, of):
             continue
         try:
-            if not keeps(value, bound):
-                problems.append(_expected(value, said.format(bound), where))
-        except (TypeError, ArithmeticError, re.error) as error:
+            if word == "pattern" and _is_slow(bound, value):
+                _tell("a pattern in a tool's schema that could take long")
+            elif not keeps(value, bound):
+                yield _expected(value, said.format(bound), where)
+        except (TypeError, ValueError, ArithmeticError, re.error) as error:
             raise UserError(f"the schema of {where or 'the arguments'} has {word} "
                             f"{dump_json(bound)}, which cannot be checked: {error}") from None
     if isinstance(value, list) and "items" in schema:
         for index, item in enumerate(value):
-            problems += _problems(item, schema["items"], f"{where}[{index}]")
+            yield from _problems(item, schema["items"], f"{where}[{index}]", root)
     if isinstance(value, dict):
-        known = schema.get("properties", {})
-        others = schema.get("additionalProperties", "properties" not in schema)
+        others = schema.get("additionalProperties", "properties" not in schema
+                            or "patternProperties" in schema)
         path = f"{where}." if where else ""
-        problems += [f"{path}{key}: missing, expected {_describe(known.get(key, {}))}"
-                     for key in schema.get("required", []) if key not in value]
+        for key in schema.get("required", []):
+            if key not in value:
+                yield f"{path}{key}: missing, expected {_describe(known.get(key, {}))}"
         for key, item in value.items():
+            at = f"{path}{key[:SHOWN]}"
             if key in known or isinstance(others, dict):
-                problems += _problems(item, known.get(key, others), f"{path}{key}")
-            elif not others:
-                problems.append(f"{path}{key}: unknown parameter{_instead(key, known)}")
-    return problems
+                yield from _problems(item, known.get(key, others), at, root)
+            elif not others and key not in beside:
+                yield f"{at}: unknown parameter{_instead(key, {**known, **dict.fromkeys(beside)})}"
+
+
+def _target(path: object, root: _Root) -> dict | bool:
+    """What a $ref leads to: a part of the schema itself, or else anything."""
+    target: object = root.schema if str(path).startswith("#") else None
+    for part in str(path).split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        target = target.get(part) if isinstance(target, dict) else None
+    if target is None:
+        _tell("a $ref that leads nowhere in a tool's schema")
+        return True
+    return target
+
+
+def _keys(schemas: list, root: _Root) -> set[str]:
+    """The keys that these schemas know of an object, by themselves and in what they refer to."""
+    found: set[str] = set()
+    seen: set[int] = set()
+    while schemas and next(root.steps, None) is not None:
+        schema = schemas.pop()
+        if id(schema) in seen or not isinstance(schema, dict):
+            continue
+        seen.add(id(schema))
+        found |= schema.get("properties", {}).keys()
+        schemas += [part for word in ("allOf", "anyOf", "oneOf") for part in schema.get(word, ())]
+        schemas += [_target(schema["$ref"], root)] if "$ref" in schema else []
+    return found
+
+
+# A repeat, an option or a choice in a pattern: what a search may go back to and try otherwise.
+WAYS = re.compile(r"[*+|]|(?<!\()\?|\{\d*,")
+REPEATED = re.compile(r"\)[*+{]")  # a group many times
+
+
+def _is_slow(pattern: str, text: str) -> bool:
+    """Whether a search might take long. A repeat within a repeat takes time 2ⁿ, and n repeats in a
+    row take the length of the text to that power: nothing could end it."""
+    ways = len(WAYS.findall(pattern))
+    return ((ways + 1) * math.log10(len(text) + 1) > 8  # about a second
+            or bool(ways and REPEATED.search(pattern)))
+
+
+@functools.cache
+def _tell(what: str) -> None:
+    """A note of what is not checked, once in a run."""
+    warn(f"{what} is not checked")
 
 
 def _bound(schema: dict, word: str) -> object:
@@ -276,16 +387,23 @@ def _kinds(schema: dict) -> list[str]:
 
 def _expected(value: object, what: str, where: str) -> str:
     text = dump_json(value)
-    text = text if len(text) <= 60 else f"{text[:60]}…"
+    text = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
     return f"{where or 'arguments'}: expected {what}, got {text}"
 
 
-def _describe(schema: dict) -> str:
+def _describe(schema: dict | bool) -> str:
     """`an integer or null`, `one of "a", "b"`."""
+    if isinstance(schema, bool):
+        return "any value" if schema else "no such value"
+    if "const" in schema:
+        return dump_json(schema["const"])
     if "enum" in schema:
-        return "one of " + ", ".join(map(dump_json, schema["enum"]))
-    if "anyOf" in schema:
-        return " or ".join(dict.fromkeys(map(_describe, schema["anyOf"])))
+        return "one of " + ", ".join(map(dump_json, schema["enum"][:MOST]))
+    for word in ("anyOf", "oneOf"):
+        if schema.get(word):
+            return " or ".join(dict.fromkeys(map(_describe, schema[word][:MOST])))
+    if schema.get("allOf") or "$ref" in schema:
+        return "what its schema says"
     articles = {"null": "null", "any": "any value"}
     return " or ".join(articles.get(kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
                        for kind in _kinds(schema)) or "any value"
@@ -342,7 +460,15 @@ def load_tools(path: str | Path) -> dict[str, Callable]:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join("".join(traceback.format_exception_only(error)).split())
+    """An exception in a line, of `BUDGET` characters at most."""
+    try:
+        text = "".join(traceback.format_exception_only(error))
+    except BaseException:  # it is the tool's own, and may do as it likes when it is looked at
+        text = "an exception that cannot be read"
+    return " ".join(text[:BUDGET].split())
+
+
+LATE = "late tool "  # how the thread of a call is called that has run out of time
 
 
 def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | None = TIMEOUT,
@@ -356,41 +482,51 @@ def run_call(functions: dict[str, Callable], call: ToolCall, timeout: float | No
     limit) are errors that the model can read and mend. A function that has run out of time, or
     whose caller is interrupted, is told to end by a SystemExit in its own thread. Python sees to
     that between two steps of its own: a loop ends at once, what sleeps or waits for the network
-    when it has waited. To end that as well would take a process for each call, which would share
-    nothing with the rest of the program.
+    when it has waited, and what catches it never. Until it has ended it is not run again, so there
+    is no more than one such thread for a tool. To end that as well, or a single step that holds
+    Python up (a huge power, a bad regular expression), or to bound a tool's memory, would take a
+    process for each call, which would share nothing with the rest of the program.
     """
-    done: dict[str, str] = {}
+    done: list[str] = []
 
     def work() -> None:
         try:
             hints = typing.get_type_hints(function, include_extras=True)
             given = copy.deepcopy(call.arguments)  # what it does to a list is not what was called
             result = function(**{key: _convert(value, hints[key]) for key, value in given.items()})
-            done["text"] = (result if isinstance(result, str) else
-                            json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain))
+            text = (str.__str__(result) if isinstance(result, str) else
+                    json.dumps(result, ensure_ascii=False, allow_nan=False, default=_plain))
+            done.append(shorten(text, budget))
         except BaseException as error:  # SystemExit too: a tool must not end the chat
-            done["text"] = _error(_one_line(error))
+            done.append(shorten(_error(_one_line(error)), budget))
 
-    function, error = functions.get(call.name), ""
-    if function is None:
-        error = f"{call.name}: unknown tool{_instead(call.name, functions)}"
-    elif problems := check_arguments(tool_schema(function), call.arguments):
-        error = "; ".join(problems)
-    else:
+    function, late = functions.get(call.name), f"{LATE}{call.name}"
+    try:
+        problems = check_arguments(tool_schema(function), call.arguments) if function else [
+            f"{call.name}: unknown tool{_instead(call.name, functions)}"]
+    except UserError as error:
+        problems = [str(error)]
+    if not problems and any(thread.name == late for thread in threading.enumerate()):
+        problems = [f"{call.name} is still at an earlier call, which took too long; it is not run "
+                    "again before that has ended"]
+    if not problems:
         thread = threading.Thread(target=work, daemon=True, name=f"tool {call.name}")
-        thread.start()
         try:
+            thread.start()
             thread.join(timeout)
+        except RuntimeError as error:  # there are too many threads
+            problems = [str(error)]
         finally:
-            late = thread.is_alive()
-            if late:
+            if thread.is_alive():
+                thread.name = late
                 ctypes.pythonapi.PyThreadState_SetAsyncExc(
                     ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
-        if late:
-            error = f"{call.name} took longer than {timeout:g} seconds"
-    text = _error(error) if error else done["text"]
-    text = text.encode(errors="replace").decode()  # a tokenizer takes no half surrogate pair
-    return shorten(text, budget)
+        if thread.name == late:
+            problems = [f"{call.name} took longer than {timeout:g} seconds"]
+        elif not done:
+            problems = problems or [f"{call.name} ended without a result"]
+    text = shorten(_error("; ".join(problems)), budget) if problems else done[0]
+    return text.encode(errors="replace").decode()  # a tokenizer takes no half surrogate pair
 
 
 def _error(text: str) -> str:
@@ -435,10 +571,11 @@ def shorten(text: str, budget: int) -> str:
 def _before_escape(text: str, at: int) -> int:
     """`at`, or the start of the JSON escape that a cut there would break."""
     for start in range(max(0, at - LONGEST), at):
-        before = start - len(text[:start].rstrip("\\"))  # an odd number of \ escapes the next one
-        found = ESCAPE.match(text, start) if before % 2 == 0 else None
+        found = ESCAPE.match(text, start)
         if found and found.end() > at:
-            return start
+            before = start - len(text[:start].rstrip("\\"))
+            if before % 2 == 0:  # an odd number of \ escapes the next one
+                return start
     return at
 
 
@@ -468,9 +605,10 @@ def converse(messages: list[Message], reply: Callable[[Sequence[Message]], str],
     same call has failed `REPEATS` times, no call is run any more: the model is told so and may
     reply twice. Where it still does not answer, a last message says that in its place.
 
-    A call that cannot be read goes back to the model as an error, as a bad call does. When the
-    question is done with, such replies leave `messages`: they have served, and every conversation
-    that stays can be trained on.
+    A call that cannot be read goes back to the model as an error, as a bad call does, and so does
+    a reply with more than `CALLS` calls, of which none is run. When the question is done with, such
+    replies leave `messages`: they have served, and every conversation that stays can be trained on.
+    The results of one turn share the `budget` of characters.
     """
     failures: Counter[str] = Counter()
     unread: list[Message] = []  # replies that could not be read, and what was said to them
@@ -481,6 +619,9 @@ def converse(messages: list[Message], reply: Callable[[Sequence[Message]], str],
         text = reply(messages)
         try:
             turn = split_reply(text, dialect)
+            if len(turn.tool_calls) > CALLS:
+                raise MalformedCall(f"{len(turn.tool_calls)} calls in one reply; make {CALLS} at "
+                                    "most")
         except MalformedCall as error:
             problem = _error(f"the call could not be read: {error}{no_more}")
             unread += [Message("assistant", text), Message("tool", problem)]
@@ -502,7 +643,7 @@ def converse(messages: list[Message], reply: Callable[[Sequence[Message]], str],
                                       for key, value in call.arguments.items())
                 yield Event("call", f"{call.name}({arguments})", call)
                 result = (_error(f"not run{no_more}") if no_more else
-                          run_call(functions, call, timeout, budget))
+                          run_call(functions, call, timeout, budget // len(turn.tool_calls)))
                 failures[f"{call.name}({arguments})"] += result.startswith('{"error":')
                 messages.append(Message("tool", result, name=call.name, tool_call_id=call.id))
                 yield Event("result", result, call)

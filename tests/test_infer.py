@@ -4,6 +4,7 @@ import importlib.util
 import json
 import re
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,8 @@ from tiny_tokenizer import make_tokenizer_model
 from minilora.chat import Message, ToolCall, render, stop_ids
 from minilora.config import GenerateConfig, UserError
 from minilora.dialects import DIALECTS
-from minilora.generate import stream
+from minilora.generate import Held, stream
+from minilora.model import Gemma
 from minilora.readers import openai_row, read_conversations
 from minilora.tokenizer import Tokenizer
 from minilora.tools import load_tools, tool_schema
@@ -76,7 +78,8 @@ def chat(tokenizer, tmp_path, monkeypatch, capsys):
             if text.endswith("^C"):
                 raise KeyboardInterrupt
 
-        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context))
+        model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context),
+                                embed_tokens=SimpleNamespace(num_embeddings=tokenizer.vocab_size))
         monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, dialect))
         monkeypatch.setattr(infer, "stream", stream)
         monkeypatch.setattr(infer, "lines", lambda: iter(questions))
@@ -120,6 +123,39 @@ def test_barred_ids_are_never_drawn():
             logits = model(torch.tensor([prompt + new]))[0, len(prompt) - 1:-1]
             logits[:, list(barred)] = -torch.inf
             assert logits.argmax(-1).tolist() == new
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_a_chat_goes_on_from_what_has_been_read(kind, monkeypatch):
+    """The replies are those of a model that reads all anew, past its window, too, whatever changes
+    in what was said; and where nothing does, only what is new is read."""
+    model, rng, held, fed = tiny_model(kind), Random(0), Held(), []
+    read = Gemma.hidden_states
+    monkeypatch.setattr(Gemma, "hidden_states", lambda self, ids, *rest: (
+        fed.append(ids.shape[1]), read(self, ids, *rest))[1])
+    config, prompt, rooms, sizes = GenerateConfig(max_new=9, temperature=0.8), [], set(), 0
+    for turn in range(12):
+        new = [rng.randrange(8, 500) for _ in range(rng.choice([1, 3, 30]))]
+        kept = len(prompt)
+        if turn == 9:  # it goes on from its latest turns
+            kept, prompt = 0, prompt[-20:]
+        elif turn % 4 == 2:  # the end was written otherwise
+            kept = len(prompt) - 12
+            prompt = prompt[:kept]
+        prompt = prompt + new
+        alone = list(stream(model, prompt, config, ()))
+        if turn == 7:  # another question, interrupted in its answer and left out
+            next(stream(model, prompt[:20] + new, config, (), held=held))
+        fed.clear()
+        written = list(stream(model, prompt, config, (), held=held))
+        assert written == alone
+        assert held.cache.length == len(held.ids) == len(prompt) + len(written) - 1
+        rooms.add(held.cache.capacity)
+        if len(rooms) == sizes and turn != 7 and (kind == "gemma" or turn % 4 != 2):
+            assert fed[0] <= len(prompt) - kept + 1 or turn == 9
+        sizes = len(rooms)
+        prompt = prompt + written
+    assert len(rooms) <= 4
 
 
 def test_thinking_that_no_token_marks_cannot_be_hidden(chat):
@@ -190,11 +226,78 @@ def test_a_chat_that_outgrows_the_context_keeps_tools_and_its_latest_turns(chat,
     flags = ("--system", "Be brief.", "--transcript", "chat.jsonl", "--max-new", "20")
     out, error, prompts = chat(questions, [f"Yes, {number}." for number in range(12)], *flags,
                                context=400)
-    assert "outgrown the model's 400 tokens" in out and not error
+    assert out.count("outgrown the model's 400 tokens") == 1 and not error  # though cut often
+    assert "the system prompt and the tools are kept" in out
     assert all("Be brief." in prompt and '"name": "weather"' in prompt for prompt in prompts)
     assert "Question number 0?" not in prompts[-1] and "Yes, 10." in prompts[-1]
     assert prompts[-1].endswith("Question number 11?<end_of_turn>\n<start_of_turn>model\n")
     assert len(read_conversations("chat.jsonl")[0].messages) == 1 + 2 * 12  # all of it
+
+
+def test_a_long_chat_is_not_read_anew_at_each_turn(tokenizer, monkeypatch, capsys):
+    """By ids that go through the model: also once it has outgrown its context, and is cut."""
+    infer, fed, caches, turns = load_infer(), [], [], 60
+    model = tiny_model("gemma", vocab_size=tokenizer.vocab_size)
+    read = Gemma.hidden_states
+
+    def counted(self, ids, positions, documents, cache):
+        fed.append(ids.shape[1])
+        caches.append(cache.capacity)
+        return read(self, ids, positions, documents, cache)
+
+    monkeypatch.setattr(Gemma, "hidden_states", counted)
+    monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, "hermes"))
+    monkeypatch.setattr(infer, "lines", lambda: (f"Question {n}?" for n in range(turns)))
+    infer.main(["--max-new", "5", "--system", "Be brief."])
+    read_anew = [size for size in fed if size > 150]
+    assert capsys.readouterr().out.count("outgrown") == 1
+    assert len(fed) > turns and sum(fed) < 120 * turns  # of 512 tokens in the context
+    assert 2 <= len(read_anew) <= turns / 4 and max(caches) <= 512 and len(set(caches)) < 6
+
+
+MISCHIEF = '''
+import os, sys, threading
+
+def weather(city: str) -> str:
+    """The weather of a city."""
+    os.chdir("/")
+    print("\\x1b[2Jx" * 1_000_000)
+    sys.stdout.writelines(["\\x1b[2Jy"] * 9)
+    sys.stdout.close()
+    sys.stderr.close()
+    def later():
+        begun.wait(20)
+        print("late", "\\x1b[2J")
+    thread = threading.Thread(target=later, daemon=True)
+    thread.start()
+    threads.append(thread)
+    return "rain"
+
+def fail() -> str:
+    begun.set()
+    for thread in threads:
+        thread.join(20)
+    sys.stdout = sys.stderr = None
+    raise KeyboardInterrupt
+
+begun, threads = threading.Event(), []
+'''
+
+
+def test_a_tool_that_makes_a_mess_of_the_process(chat, tmp_path, monkeypatch):
+    """Whatever it prints, closes, exchanges or leaves behind, what the model says is shown alone,
+    and the transcript is where it was to be."""
+    (tmp_path / "my_tools.py").write_text(MISCHIEF)
+    replies = [CALL, "It rains.", CALL.replace("weather", "fail").replace('"city": "Ur"', ""),
+               "Hm.", "!", "Bye."]
+    out, error, prompts = chat(["Rain?", "And?", "Now?", "Bye"], replies, "--transcript", "t.jsonl",
+                               "--json")
+    assert [json.loads(line)["event"] for line in out.splitlines()] == [
+        "call", "result", "answer", "call", "result", "answer", "answer", "end"]
+    assert "rain" in prompts[1] and "KeyboardInterrupt" in prompts[3]
+    assert len(error) < 6 * 10_500 and "tools print more" in error and "late" in error
+    assert "error: broken" in error and "\x1b" not in error
+    assert len(read_conversations(tmp_path / "t.jsonl")[0].messages) == 10
 
 
 def test_a_question_that_is_too_long_is_told_and_left_out(chat):
