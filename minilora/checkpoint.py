@@ -9,7 +9,6 @@
 
 import hashlib
 import math
-import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -21,9 +20,10 @@ from torch import Tensor, nn
 from minilora.chat import chat_template, stop_ids
 from minilora.config import GemmaConfig, LoraConfig, UserError
 from minilora.data import Example
-from minilora.dialects import DIALECTS, get_dialect
+from minilora.dialects import DIALECTS
 from minilora.files import (
     FORMAT,
+    check_replaceable,
     current,
     read_object,
     read_own,
@@ -36,6 +36,7 @@ from minilora.files import (
 from minilora.lora import LoRALinear, adapted, attach, is_finite, row_blocks, trainable
 from minilora.loss import CHUNK
 from minilora.model import Gemma
+from minilora.patterns import chosen, numbers
 from minilora.tokenizer import FILES as TOKENIZER_FILES
 from minilora.tokenizer import Tokenizer
 from minilora.weights import checkpoint_name, load_model, locate
@@ -221,7 +222,9 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     if own_path.exists():
         own = read_own(own_path, dialect=str, tokens=dict, mode=str, fingerprint=dict)
         check_base(own["fingerprint"], model, own_path, base)
-    get_dialect(own["dialect"])
+        if own["dialect"] not in DIALECTS:
+            raise UserError(f"{own_path}: dialect is {own['dialect']!r}; expected one of "
+                            f"{', '.join(DIALECTS)}")
     lora = _read_lora(config, config_path, model)
     ids = _read_row_ids(config, config_path, model)
 
@@ -239,7 +242,10 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
                             "with save_embedding_layers=False?")
 
     size, tokens = len(model.embed_tokens.weight), own["tokens"]
-    got = tokenizer.add_tokens(tokens, own["mode"], size if own["mode"] == "append" else None)
+    try:
+        got = tokenizer.add_tokens(tokens, own["mode"], size if own["mode"] == "append" else None)
+    except UserError as error:
+        raise UserError(f"{own_path}: {error}") from None
     for i, (token, row) in zip(got, tokens.items(), strict=True):
         if i != row or i >= size + len(ids):
             raise UserError(f"{own_path}: token {token} is row {row} of the model, but has id {i} "
@@ -289,12 +295,17 @@ def _read_lora(config: dict, path: Path, model: Gemma) -> LoraConfig:
             raise UserError(f"{path}: {key} is {value!r}, which minilora's LoRA does not have; "
                             "merge the adapter with peft and load the merged model")
     for key in ("r", "lora_alpha", "lora_dropout"):
-        if type(config.get(key)) not in ((int,) if key == "r" else (int, float)):
-            raise UserError(f"{path}: {key} is {config.get(key)!r}; expected a number")
+        number = config.get(key)
+        if type(number) not in ((int,) if key == "r" else (int, float)) or abs(number) >= 2**63:
+            raise UserError(f"{path}: {key} is {number!r}; expected a number")
+    for key in ("use_rslora", "use_dora"):
+        if type(config.get(key, False)) is not bool:
+            raise UserError(f"{path}: {key} is {config[key]!r}; expected true or false")
+    linears = {checkpoint_name(name): name for name, module in model.named_modules()
+               if isinstance(module, nn.Linear)}
     try:
-        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)
-                 and _is_target(config, checkpoint_name(name))]
-    except (TypeError, AttributeError, re.error):
+        names = chosen(config, [*linears])
+    except (TypeError, ValueError):
         names = []
     if not names:
         asked = ", ".join(f"{key} {config[key]!r}" for key in (
@@ -305,47 +316,17 @@ def _read_lora(config: dict, path: Path, model: Gemma) -> LoraConfig:
     patterns = {}
     for key in ("rank_pattern", "alpha_pattern"):
         try:
-            patterns[key] = tuple(f"{name}={number}" for name in names for number in
-                                  _by_regex(config.get(key) or {}, checkpoint_name(name)))
-        except (TypeError, AttributeError, re.error):
+            patterns[key] = tuple(f"{linears[name]}={number}" for name, number in
+                                  numbers(config.get(key) or {}, names).items())
+        except (TypeError, ValueError):
             raise UserError(f"{path}: {key} is {config[key]!r}; expected an object of regular "
                             "expressions and numbers") from None
     try:
         return LoraConfig(config["r"], float(config["lora_alpha"]), float(config["lora_dropout"]),
-                          tuple(names), bool(config.get("use_rslora")),
-                          bool(config.get("use_dora")), **patterns)
+                          tuple(linears[name] for name in names), config.get("use_rslora", False),
+                          config.get("use_dora", False), **patterns)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-def _is_target(config: dict, name: str) -> bool:
-    """Whether peft adapts a module: `tuners/tuners_utils.py`, check_target_module_exists."""
-    def named(which: str | list[str]) -> bool:
-        if isinstance(which, str):
-            return re.fullmatch(which, name) is not None
-        return any(f".{name}".endswith(f".{target}") for target in which)
-
-    if named(config.get("exclude_modules") or []) or not named(config.get("target_modules") or []):
-        return False
-    layers = config.get("layers_to_transform")
-    if layers is None or layers == []:
-        return True
-    found = None  # the first number that stands behind a pattern
-    for pattern in _as_list(config.get("layers_pattern") or "[^.]*"):
-        found = found or re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", name)
-    return found is not None and int(found[1]) in _as_list(layers)
-
-
-def _as_list(value: object) -> list:
-    return value if isinstance(value, list) else [value]
-
-
-def _by_regex(patterns: dict, name: str) -> list[int | float]:
-    """The number of the first of peft's patterns that a module's name ends with, if any:
-    `utils/other.py`, get_pattern_key.
-    """
-    return [number for pattern, number in patterns.items()
-            if re.match(rf"(.*\.)?({pattern})$", name)][:1]
 
 
 def _read_row_ids(config: dict, path: Path, model: Gemma) -> list[int]:
@@ -467,7 +448,8 @@ def export_extended(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: s
 
     Both load like any other base and adapter, no table resized; the model stays as it is. Arguments
     as for `export_merged`, which writes the first; raises what it and `save_adapter` raise, and
-    UserError where the adapter has no rows, holds NaN or Inf, or another one is in its place.
+    UserError where the adapter has no rows, holds NaN or Inf, or `out` holds anything else than
+    such a pair.
     """
     out = Path(out).resolve()
     check_unmerged(model)
@@ -481,13 +463,18 @@ def export_extended(model: Gemma, tokenizer: Tokenizer, base: str | Path, out: s
     if (out / "adapter").exists() and adapter_base(out / "adapter") != str(out / "base"):
         raise UserError(f"{out / 'adapter'}: is the adapter of another base and would be lost; "
                         "choose another folder")
-    export_merged(model, tokenizer, base, out / "base", dialect, lora=False)
-    table = torch.cat([*_merged(model, "embed_tokens.weight")])  # [V', D]
-    with torch.device("meta"):  # what was just written, all but the table shared with the model
-        extended = Gemma(replace(model.config, vocab_size=len(table)))
-    extended.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
-    extended.layers, extended.norm = model.layers, model.norm
-    save_adapter(extended, tokenizer, out / "adapter", str(out / "base"), dialect)
+    if Path(base).resolve() == out / "base":
+        raise UserError(f"{base}: is the base itself; choose another folder for the extended one")
+    for part, files in (("base", MODEL_FILES), ("adapter", ADAPTER_FILES)):
+        check_replaceable(out / part, files)
+    with replacing_folder(out, ("base", "adapter")) as new:  # both at once, as they go together
+        export_merged(model, tokenizer, base, new / "base", dialect, lora=False)
+        table = torch.cat([*_merged(model, "embed_tokens.weight")])  # [V', D]
+        with torch.device("meta"):  # what was just written, all but the table the model's own
+            extended = Gemma(replace(model.config, vocab_size=len(table)))
+        extended.embed_tokens.weight = nn.Parameter(table, requires_grad=False)
+        extended.layers, extended.norm = model.layers, model.norm
+        save_adapter(extended, tokenizer, new / "adapter", str(out / "base"), dialect)
 
 
 @torch.no_grad()

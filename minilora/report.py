@@ -8,10 +8,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from tqdm import tqdm
 
 from minilora.config import UserError
-from minilora.files import write_file
+from minilora.files import replacing, write_file
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out: for the host's PyTorch has no type of its own."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return any(text in str(error) for text in (
+        "DefaultCPUAllocator", "out of memory", "could not create a primitive"))  # so says oneDNN
 
 
 def run_command(main: Callable[[], None]) -> int:
@@ -26,6 +35,12 @@ def run_command(main: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:  # a full disk, a folder that may not be written
         print(f"error: {error.filename or 'the disk'}: {error.strerror or error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        print("error: out of memory; take fewer tokens or rows at a time, --dtype bfloat16, or a "
+              "smaller model", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
@@ -91,15 +106,19 @@ def progress(total: int, done: int = 0, unit: str = "step") -> tqdm:
 # --- metrics: one JSON object a line --------------------------------------------------------------
 
 def append_metrics(path: Path, record: dict) -> None:
-    """Adds a line to metrics.jsonl."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    """Adds a line to metrics.jsonl of a run. Raises UserError where the disk refuses."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error}); free the disk and go on with: "
+                        f"python train.py --resume {path.parent}") from None
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl; a last one that was cut short by a crash is left out."""
+    """The lines of metrics.jsonl up to one that a crash has cut short or left as other bytes."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
@@ -140,5 +159,6 @@ def draw_curve(metrics: Path, picture: Path) -> bool:
     axes.grid(alpha=0.3, which="both")
     if train or held:
         axes.legend()
-    figure.savefig(picture, dpi=120)
+    with replacing(picture) as aside:
+        figure.savefig(aside, format="png", dpi=120)
     return True

@@ -3,7 +3,9 @@
     checkpoints/step-000120/    state.safetensors, state.json
 """
 
-import os
+import contextlib
+import dataclasses
+import json
 import re
 import shutil
 from pathlib import Path
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minilora.checkpoint import check_base, check_unmerged, fingerprint
-from minilora.config import UserError
+from minilora.config import LoraConfig, TrainConfig, UserError
 from minilora.files import (
     FORMAT,
     read_own,
@@ -23,9 +25,16 @@ from minilora.files import (
 )
 from minilora.lora import trainable
 from minilora.model import Gemma
+from minilora.tokenizer import Tokenizer
+
+# Settings that a run may go on with changed: where things are (base and data are known by what is
+# in them), how far it goes, what it computes with and what else it writes. All others decide what
+# it learns.
+FREE = frozenset({"model", "data", "eval_data", "skip", "out", "steps", "epochs", "device",
+                  "compile", "recompute", "eval_every", "eval_calls", "save_every", "merge"})
 
 _STATE_FILES = ("state.safetensors", "state.json")
-_STEP = re.compile(r"step-(\d+)")
+_STEP = re.compile(r"step-(\d+)|\.step-(\d+)\.old")  # the latter as in files.py: being replaced
 _SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a parameter group, kept with its moments
 
 
@@ -57,10 +66,13 @@ def save_state(folder: str | Path, step: int, model: Gemma, optimizer: torch.opt
             "progress": progress})
     states = _states(folder)
     kept = {step, max((other for other in states if other < step), default=step)}
+    # What cannot be deleted now is tried again after the next save.
+    for trash in {*folder.glob(".step-*")} - {*states.values()}:  # of processes that were killed
+        with contextlib.suppress(OSError):
+            shutil.rmtree(trash) if trash.is_dir() else trash.unlink()
     for other in states.keys() - kept:  # renamed first, so that none is ever half there
-        os.replace(states[other], folder / f".{states[other].name}.old")
-    for trash in folder.glob(".step-*"):
-        shutil.rmtree(trash, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(states[other].rename(folder / f".step-{other:06}.new"))
     return path
 
 
@@ -69,31 +81,109 @@ def latest_state(folder: str | Path) -> Path | None:
     return next(reversed(_states(Path(folder)).values()), None)
 
 
-def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimizer) -> dict:
+def made_from(lora: LoraConfig, config: TrainConfig, dtype: torch.dtype, tokenizer: Tokenizer,
+              files: list[dict]) -> dict:
+    """What decides, beside the base, what a run learns, as JSON: kept to see whether it changes.
+
+    `dtype` is what the base is loaded in, `files` what `Dataset.files` says of the data.
+    """
+    settings = dataclasses.asdict(lora) | dataclasses.asdict(config) | {
+        "dtype": str(dtype).removeprefix("torch.")}
+    return json.loads(json.dumps({
+        "settings": {key: value for key, value in settings.items() if key not in FREE},
+        "tokenizer": tokenizer.fingerprint(), "files": files}))
+
+
+def check_made_from(was: dict, now: dict, run: str | Path) -> None:
+    """Refuses a run made from other things than `was`, both as `made_from` says it, and names them.
+    """
+    before, after = was["settings"], now["settings"]
+    changed = [f"{key} is {after[key]} and was {value}" for key, value in before.items()
+               if after.get(key, value) != value]
+    if changed:
+        change = f"{Path(run) / 'config.json'}: {', '.join(changed)}"
+    elif was["tokenizer"] != now["tokenizer"]:
+        change = "the base's tokenizer is not the one that it was"
+    else:
+        change = _changed_file(was["files"], now["files"])
+    if change:
+        raise UserError(f"{change}; to go on with {run}, put that back, and for a run of its own: "
+                        f"train.py --config {Path(run) / 'config.json'} --out NEW")
+
+
+def _changed_file(was: list[dict], now: list[dict]) -> str:
+    """What is no longer as it was in the first file of data that has changed, if one has."""
+    before, after = ([file["name"] for file in files] for files in (was, now))
+    for this, those, what in ((after, before, "new"), (before, after, "gone")):
+        if len(this) > len(those):
+            name = next((name for name in this if name not in those), this[-1])
+            return f"{name} is {what} among the data"
+    for old, new in zip(was, now, strict=True):
+        if old["rows"] != new["rows"]:
+            how = "more" if new["rows"] > old["rows"] else "fewer"
+            return (f"{new['name']} has {how} conversations than it had, {new['rows']} instead of "
+                    f"{old['rows']}")
+        if old["content"] != new["content"]:
+            return f"{new['name']} has conversations that were edited since, or exchanged"
+        if old["order"] != new["order"]:
+            return f"{new['name']} has its conversations in another order than it had"
+        if old["tokens"] != new["tokens"]:
+            return (f"the conversations of {new['name']} are the same, but their weights are not, "
+                    "or which messages carry loss, or how this minilora writes them")
+    return ""
+
+
+def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimizer,
+               now: dict | None = None) -> dict:
     """Goes back to the newest complete checkpoint of a run's checkpoints folder: its `progress`.
 
     `model` and `optimizer` are made as when it was saved: same base, same adapters and rows, same
-    groups. Raises UserError, with both unchanged, where they are not, and where there is none.
+    groups; and `now` is as `progress["made_from"]` was. Raises UserError, with all unchanged, where
+    they are not, and where there is none.
     """
     path = latest_state(folder)
     if path is None:
         raise UserError(f"{folder}: no checkpoint to go on from; start without --resume")
     weights, path = path / "state.safetensors", path / "state.json"
     hint = f"delete {path.parent} to go on from the one before"
-    state = read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict)
+    state = read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict, step=int)
+    progress = state["progress"]
+    try:
+        if now and "made_from" in progress:
+            check_made_from(progress["made_from"], now, Path(folder).parent)
+        if progress.get("step", state["step"]) != state["step"]:
+            raise ValueError
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: does not go with itself; {hint}") from None
     check_base(state["fingerprint"], model, path, "that of the run")
     parameters = trainable(model)
     names = {parameter: name for name, parameter in parameters.items()}
     groups = [[names[parameter] for parameter in group["params"]]
               for group in optimizer.param_groups]
     shapes = state["shapes"]
-    wanted = {f"model.{name}": parameter for name, parameter in parameters.items()}
-    wanted |= {f"start.{name}": start for name, start in _starts(model).items()}
-    if groups != [group["names"] for group in state["groups"]] or any(
-            shapes.get(name) != list(tensor.shape) for name, tensor in wanted.items()):
+    wanted = {f"model.{name}": list(parameter.shape) for name, parameter in parameters.items()}
+    wanted |= {f"start.{name}": list(start.shape) for name, start in _starts(model).items()}
+    if groups != [isinstance(group, dict) and group.get("names") for group in state["groups"]] or (
+            any(shapes.get(name) != shape for name, shape in wanted.items())):
         raise UserError(f"{path}: what it trained is not what is to be trained now; go on with the "
                         "rank, targets and tokens of the run")
-    tensors = read_tensors(weights, shapes, hint)
+    for name, parameter in parameters.items():  # AdamW's, all or, before the first step, none
+        moved = {f"optimizer.{name}.exp_avg", f"optimizer.{name}.exp_avg_sq"}
+        if moved & shapes.keys():
+            wanted |= dict.fromkeys(moved, list(parameter.shape)) | {f"optimizer.{name}.step": []}
+    if {name: shape for name, shape in shapes.items() if not name.startswith("rng.")} != wanted or (
+            not all(map(_is_sound, state["groups"]))):
+        raise UserError(f"{path}: does not go with itself; {hint}")
+    tensors = read_tensors(weights, shapes, hint, {"rng.": "U8"})
+    try:
+        torch.set_rng_state(tensors["rng.cpu"])
+        for i in range(torch.cuda.device_count()):
+            if f"rng.cuda{i}" in tensors:
+                torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)
+    except (KeyError, RuntimeError):
+        raise UserError(f"{weights}: its random state is none; {hint}") from None
 
     moments: dict[int, dict[str, Tensor]] = {}
     for i, name in enumerate(sum(groups, [])):  # torch numbers parameters through all groups
@@ -110,11 +200,16 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
             parameter.copy_(tensors[f"model.{name}"])
         for name, start in _starts(model).items():
             start.copy_(tensors[f"start.{name}"])
-    torch.set_rng_state(tensors["rng.cpu"])
-    for i in range(torch.cuda.device_count()):
-        if f"rng.cuda{i}" in tensors:
-            torch.cuda.set_rng_state(tensors[f"rng.cuda{i}"], i)
     return state["progress"]
+
+
+def _is_sound(group: dict) -> bool:
+    """Whether the settings of a parameter group are numbers that AdamW can go on with."""
+    betas = group.get("betas")
+    numbers = [group.get(key) for key in _SETTINGS if key != "betas"]
+    return isinstance(betas, list) and len(betas) == 2 and all(
+        type(number) in (int, float) and 0 <= number < 1e9 for number in numbers + betas) and (
+        max(betas) < 1)
 
 
 def _starts(model: Gemma) -> dict[str, Tensor]:
@@ -132,8 +227,8 @@ def _random_states() -> dict[str, Tensor]:
 def _states(folder: Path) -> dict[int, Path]:
     """The complete checkpoints in `folder` by their step, in that order."""
     found = {}
-    for path in folder.glob("step-*"):
+    for path in sorted(folder.glob("*step-*")):  # those that begin with a dot first
         name = _STEP.fullmatch(path.name)
         if name and all((path / file).is_file() for file in _STATE_FILES):
-            found[int(name[1])] = path
+            found[int(name[1] or name[2])] = path
     return dict(sorted(found.items()))

@@ -1,11 +1,14 @@
 """The parts of training that can be tested on their own; `train.py` is the loop that uses them.
 
 New tokens and their rows, how the layers run, the learning rate of a step, the parameter groups,
-one optimizer step over several batches, the endless stream of batches, and the loss on held-out
-conversations.
+one optimizer step over several batches, the endless stream of batches, the loss on held-out
+conversations, and which conversations are to blame for numbers that are not finite.
 """
 
+import ctypes
+import itertools
 import math
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,12 +17,17 @@ from torch import Tensor
 
 from minilora.attention import compiles
 from minilora.config import TrainConfig, UserError
-from minilora.data import IGNORED, Batch, Example, batches, collate
+from minilora.data import IGNORED, Batch, Batches, Example, batches, collate
 from minilora.dialects import get_dialect
-from minilora.lora import trainable
+from minilora.lora import is_finite, trainable
 from minilora.loss import token_loss
 from minilora.model import Gemma
 from minilora.tokenizer import Tokenizer
+
+# A run stops, with a checkpoint, at every 5th step in a row whose numbers are not finite (the
+# weights themselves are at fault then, and no batch will be better) and at every 50th in all (so
+# that a run on bad data does not go on for days, learning from what is left).
+IN_A_ROW, IN_ALL = 5, 50
 
 
 def add_dialect(model: Gemma, tokenizer: Tokenizer, dialect: str, mode: str) -> list[int]:
@@ -53,6 +61,23 @@ def prepare(model: Gemma, config: TrainConfig) -> None:
     model.compiled = config.compile == "on" or (
         config.compile == "auto" and device.type == "cuda" and compiles(device))
     model.recompute = config.recompute
+    if device.type == "cpu":
+        keep_memory()
+
+
+def keep_memory() -> None:
+    """Has the C library keep what a step frees for the next one, where it would give it back.
+
+    Memory that is taken anew comes page by page, each with an interrupt: on a virtual machine that
+    was a seventh of a step of 4 × 1024 tokens. Does nothing where the library is not glibc, whose
+    mallopt(3) has the numbers.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(-4, 0)      # M_MMAP_MAX: large blocks come from the heap, not from pages of their own
+    mallopt(-1, -1)     # M_TRIM_THRESHOLD: the heap's free end stays
+    mallopt(-2, 2**26)  # M_TOP_PAD: and it grows in large steps
 
 
 def learning_rate(step: int, steps: int, config: TrainConfig) -> float:
@@ -104,6 +129,11 @@ class Step:
     tokens: int       # of conversations, padding left out
     trained: int      # tokens that carry loss
 
+    @property
+    def applied(self) -> bool:
+        """Whether its numbers are finite; otherwise nothing was changed."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
+
 
 def trained_tokens(batch: Batch) -> int:
     """How many tokens of a batch carry loss."""
@@ -121,8 +151,8 @@ def train_step(model: Gemma, optimizer: torch.optim.Optimizer, step: Sequence[Ba
     """One optimizer step over one or several batches.
 
     The sum of all losses is divided once, by all the trained tokens of the step, so that eight
-    batches of one row are one batch of eight rows. Raises UserError, with nothing changed, where
-    the gradient is not finite.
+    batches of one row are one batch of eight rows. Where loss or gradient is not finite the step is
+    not applied: weights and optimizer keep every bit, its count of steps included.
     """
     model.train()
     device = model.embed_tokens.weight.device
@@ -135,16 +165,14 @@ def train_step(model: Gemma, optimizer: torch.optim.Optimizer, step: Sequence[Ba
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf)
     mean, size = torch.stack([loss, norm]).tolist()  # waits for the device, once a step
-    if not math.isfinite(size):
-        optimizer.zero_grad(set_to_none=True)
-        raise UserError(f"loss {mean:g} and gradient norm {size:g} are not finite; "
-                        "try a lower --lr, or --dtype float32")
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["ratio"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     tokens = sum(int((batch.documents > 0).sum()) for batch in step)
-    return Step(mean, size, tokens, trained)
+    done = Step(mean, size, tokens, trained)
+    if done.applied:
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["ratio"]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return done
 
 
 @torch.no_grad()
@@ -176,13 +204,17 @@ def stream_batches(examples: Sequence[Example], config: TrainConfig, skip: int =
     With `fill` an epoch's last batch gets rows of padding, so that all have as many: compiled
     layers are compiled for one shape.
     """
-    epoch = 0
-    while True:
+    for of_epoch, index in _places(examples, config, skip):
+        yield filled(of_epoch[index], config.batch) if fill else of_epoch[index]
+
+
+def _places(examples: Sequence[Example], config: TrainConfig, skip: int,
+            ) -> Iterator[tuple[Batches, int]]:
+    """Where in which epoch each batch of a run stands, from batch `skip` on."""
+    for epoch in itertools.count():
         of_epoch = batches(examples, config.batch, config.length, config.seed, epoch, config.pack)
-        for index in range(min(skip, len(of_epoch)), len(of_epoch)):
-            yield filled(of_epoch[index], config.batch) if fill else of_epoch[index]
+        yield from ((of_epoch, index) for index in range(skip, len(of_epoch)))
         skip = max(0, skip - len(of_epoch))
-        epoch += 1
 
 
 def filled(batch: Batch, rows: int) -> Batch:
@@ -191,3 +223,63 @@ def filled(batch: Batch, rows: int) -> Batch:
     padding = vars(collate([[]] * (rows - len(batch.input_ids)), length))
     return Batch(**{name: torch.cat([tensor, padding[name]])
                     for name, tensor in vars(batch).items()})
+
+
+# --- numbers that are not finite ------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Fault:
+    """Where a step's numbers went wrong."""
+
+    batches: list[int]  # of the step, from 1
+    rows: list[str]     # all conversations in these: file:line (row n)
+    alone: list[str]    # those that have no finite loss and gradient even by themselves
+
+    def __str__(self) -> str:
+        """In a few words; `rows` may be hundreds."""
+        which = "" if self.alone else "one or more of "
+        return (f"batch {', '.join(map(str, self.batches))}: {which}"
+                f"{some_of(self.alone or self.rows)}")
+
+
+def some_of(rows: Sequence[str]) -> str:
+    """The first eight, and how many more there are."""
+    return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+
+
+def find_fault(model: Gemma, examples: Sequence[Example], config: TrainConfig, step: int) -> Fault:
+    """What is to blame for a step (from 0) that `train_step` did not apply.
+
+    The batches of the step are made again, and each of their conversations is tried by itself. That
+    takes as long as a step or two, so it is asked for only when it has happened.
+    """
+    places = _places(examples, config, step * config.accumulate)
+    tried = [list(itertools.chain(*of_epoch.rows(index)))
+             for of_epoch, index in itertools.islice(places, config.accumulate)]
+    alone = [not_finite(model, batch, config) for batch in tried]
+    blamed = [number for number, bad in enumerate(alone) if bad] or range(len(tried))
+    rows = [example.source for number in blamed for example in tried[number]]
+    return Fault([number + 1 for number in blamed], list(dict.fromkeys(rows)), sum(alone, []))
+
+
+def not_finite(model: Gemma, examples: Iterable[Example], config: TrainConfig) -> list[str]:
+    """The sources of those examples whose loss is not finite by itself, or whose gradient is not.
+
+    Under `torch.no_grad` the loss alone decides. Nothing is changed, and no random number is drawn:
+    it is tried without dropout.
+    """
+    training, device = model.training, model.embed_tokens.weight.device
+    model.eval()
+    bad = []
+    for example in examples:
+        batch = collate([[example]], config.length if model.compiled else len(example))
+        batch = filled(batch, config.batch) if model.compiled else batch
+        loss = batch_loss(model, batch.to(device))
+        numbers = [loss]
+        if loss.requires_grad:
+            numbers += torch.autograd.grad(loss, list(trainable(model).values()),
+                                           materialize_grads=True)
+        if not all(map(is_finite, numbers)):
+            bad.append(example.source)
+    model.train(training)
+    return list(dict.fromkeys(bad))  # a conversation may be several examples

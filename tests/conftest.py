@@ -15,6 +15,7 @@ import torch
 from hypothesis import settings
 from tiny_tokenizer import make_tokenizer_model
 
+from minilora import trainer
 from minilora.config import NANO, GemmaConfig
 from minilora.data import make_parts
 from minilora.dialects import DIALECTS
@@ -92,6 +93,14 @@ def own_cache(tmp_path_factory) -> None:
     """No test reads or fills the user's cache of tokenized data."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MINILORA_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def memory_goes_back() -> None:
+    """Some tests measure what a load takes; a process that keeps what is freed shows nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "keep_memory", lambda: None)
         yield
 
 

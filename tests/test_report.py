@@ -22,12 +22,17 @@ from minilora.report import (
     visible,
 )
 
+OUT_OF_MEMORY = ("error: out of memory; take fewer tokens or rows at a time, --dtype bfloat16, or "
+                 "a smaller model\n")
+
 
 @pytest.mark.parametrize("error, status, line", [
     (None, 0, ""), (UserError("calls.jsonl:3: bad"), 2, "error: calls.jsonl:3: bad\n"),
     (UserError("role \x1b[2J"), 2, "error: role \\x1b[2J\n"),
     (PermissionError(13, "Permission denied", "runs/a"), 2, "error: runs/a: Permission denied\n"),
     (OSError(28, "No space left on device"), 2, "error: the disk: No space left on device\n"),
+    (MemoryError(), 2, OUT_OF_MEMORY),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 2, OUT_OF_MEMORY),
     (KeyboardInterrupt(), 130, "stopped\n")])
 def test_a_mistake_is_one_line(error, status, line, capsys):
     def main():
@@ -38,9 +43,13 @@ def test_a_mistake_is_one_line(error, status, line, capsys):
     assert capsys.readouterr().err == line
 
 
-def test_a_bug_is_not_hidden():
-    with pytest.raises(ZeroDivisionError):
-        run_command(lambda: 1 / 0)
+@pytest.mark.parametrize("bug", [ZeroDivisionError(), RuntimeError("shapes do not match")])
+def test_a_bug_is_not_hidden(bug):
+    def main():
+        raise bug
+
+    with pytest.raises(type(bug)):
+        run_command(main)
 
 
 def test_numbers_for_people():

@@ -4,6 +4,9 @@ import argparse
 import dataclasses
 import json
 import math
+import platform
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -19,9 +22,11 @@ from minilora.lora import adapted, attach, trainable
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
     add_dialect,
+    find_fault,
     held_out_loss,
     learning_rate,
     make_optimizer,
+    not_finite,
     plan_steps,
     prepare,
     stream_batches,
@@ -138,15 +143,119 @@ def test_clipping_bounds_the_step_and_reports_the_norm_before():
     assert seen == pytest.approx([norm, norm / 3], rel=1e-4)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    model = model_with_lora()
-    model.layers[1].mlp.up_proj.weight[0, 0] = math.inf
-    before = {name: p.detach().clone() for name, p in trainable(model).items()}
-    with pytest.raises(UserError, match="not finite"):
-        train_step(model, make_optimizer(model, TrainConfig()),
-                   list(batches(some_examples(2), 2, 32)), 1e-3, 1.0)
-    assert all(torch.equal(p, before[name]) for name, p in trainable(model).items())
-    assert all(p.grad is None for p in trainable(model).values())
+# --- numbers that are not finite ------------------------------------------------------------------
+
+POISON = 500  # no other example has this id
+
+
+def poisoned(count: int, where: tuple[int, ...], **settings) -> tuple:
+    """A model that cannot bear one id, and examples of which some have it.
+
+    The number is the largest that there is: times √D it is infinite where the id is read, while the
+    soft-cap bears it where the id is one of the logits.
+    """
+    model = model_with_lora(**settings)
+    model.embed_tokens.weight[POISON, 0] = torch.finfo(torch.float32).max
+    examples = some_examples(count)
+    for number in where:
+        examples[number].ids[1] = POISON
+    return model, examples
+
+
+def all_of(model, optimizer) -> list[torch.Tensor]:
+    """Every number of the model, AdamW's moments and counts of steps, the rates, random state."""
+    moments = [each for state in optimizer.state.values() for each in state.values()]
+    rates = torch.tensor([group["lr"] for group in optimizer.param_groups])
+    return [each.detach().clone() for each in
+            (*model.parameters(), *model.buffers(), *moments, rates, torch.get_rng_state())]
+
+
+def same(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> bool:
+    """By bit patterns: a NaN equals itself."""
+    return all(torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
+               for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("what", ["loss", "one gradient"])
+@pytest.mark.parametrize("seen", [0, 2])
+def test_a_step_that_is_not_finite_changes_no_bit(what, seen):
+    """Neither where AdamW has moments nor where it has none yet; and the next step is as if the
+    bad one had not been.
+    """
+    model, examples = poisoned(6, (0,) if what == "loss" else (), dora=True)
+    optimizer = make_optimizer(model, TrainConfig())
+    good = list(batches(examples[1:], 5, 32))
+    for _ in range(seen):
+        assert train_step(model, optimizer, good, 1e-2, 1.0).applied
+    before = all_of(model, optimizer)
+    weight = model.layers[0].mlp.up_proj.lora_B
+    hook = weight.register_hook(lambda grad: grad * (math.inf if what != "loss" else 1))
+    done = train_step(model, optimizer, list(batches(examples, 1, 32)), 1e-2, 1.0)
+    hook.remove()
+    assert not done.applied and math.isfinite(done.loss) == (what == "one gradient")
+    assert not math.isfinite(done.grad_norm) and done.trained > 0
+    assert same(all_of(model, optimizer), before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    other, _ = poisoned(0, (), dora=True)
+    their_optimizer = make_optimizer(other, TrainConfig())
+    for _ in range(seen):
+        train_step(other, their_optimizer, good, 1e-2, 1.0)
+    ours, theirs = (train_step(*each, good, 1e-2, 1.0)
+                    for each in ((model, optimizer), (other, their_optimizer)))
+    assert ours == theirs and same(all_of(model, optimizer), all_of(other, their_optimizer))
+
+
+@pytest.mark.parametrize("recompute", ["none", "all"])
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_conversations_to_blame_are_found(pack, recompute):
+    """Whichever step they are in, a bad one in the midst of good ones; nothing is changed."""
+    where = (2, 5, 11)
+    model, examples = poisoned(12, where, dropout=0.3)
+    model.recompute = recompute
+    model.train()
+    config = TrainConfig(batch=2, accumulate=2, length=48, pack=pack, seed=3)
+    optimizer = make_optimizer(model, config)
+    stream = stream_batches(examples, config)
+    found = []
+    for step in range(5):  # more than one epoch
+        parts = [next(stream) for _ in range(2)]
+        done = train_step(model, optimizer, parts, 1e-3, 1.0)
+        wrong = [n for n, part in enumerate(parts, 1) if (part.input_ids == POISON).any()]
+        assert done.applied == (not wrong)
+        if wrong:
+            before = all_of(model, optimizer)
+            fault = find_fault(model, examples, config, step)
+            assert same(all_of(model, optimizer), before) and model.training
+            assert all(parameter.grad is None for parameter in model.parameters())
+            assert fault.batches == wrong
+            assert len(fault.rows) == sum(int(part.documents.amax(1).sum())
+                                          for n, part in enumerate(parts, 1) if n in wrong)
+            assert set(fault.alone) == set(fault.rows) & {f"row {n}" for n in where}
+            assert str(fault) == (f"batch {', '.join(map(str, wrong))}: {', '.join(fault.alone)}")
+            found += fault.alone
+    assert {*found} == {f"row {n}" for n in where} and len(found) > 3
+
+
+def test_where_no_conversation_is_to_blame_all_of_the_step_are_named():
+    model, examples = poisoned(12, ())
+    config = TrainConfig(batch=3, accumulate=4, pack=False)
+    fault = find_fault(model, examples, config, 0)
+    assert (fault.batches, fault.alone) == ([1, 2, 3, 4], [])
+    assert sorted(fault.rows) == sorted(example.source for example in examples)
+    assert str(fault).startswith("batch 1, 2, 3, 4: one or more of row ")
+    assert str(fault).endswith(" and 4 more")
+
+
+def test_a_gradient_alone_can_be_to_blame_and_a_conversation_in_parts_is_named_once():
+    model, examples = poisoned(3, (1,))
+    twice = [examples[0], examples[1], dataclasses.replace(examples[1], part=1)]
+    config = TrainConfig(length=32)
+    assert not_finite(model, twice, config) == ["row 1"]
+    model.layers[0].mlp.up_proj.lora_B.register_hook(lambda grad: grad * math.nan)
+    assert not_finite(model, twice, config) == ["row 0", "row 1"]
+    with torch.no_grad():  # then it is the loss that counts
+        assert not_finite(model, twice, config) == ["row 1"]
 
 
 def test_loss_falls_and_the_base_stays():
@@ -266,3 +375,18 @@ def test_new_tokens_get_ids_and_rows_in_one_step(tmp_path, mode, dialect):
     example = make_example(conversation, tokenizer, dialect, 64)
     assert int(example.ids.max()) < table.num_embeddings
     assert add_dialect(model, tokenizer, dialect, mode) == []  # what is known keeps its row
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to")
+def test_freed_memory_is_kept_for_the_next_step():
+    """In a process of its own: what it does cannot be undone."""
+    script = ("import resource, torch; from minilora.trainer import keep_memory; keep_memory()\n"
+              "def faults(size):\n"
+              "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+              "    torch.ones(size)\n"
+              "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+              "print(faults(2**26), faults(2**25))")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True,
+                          check=True)
+    first, second = map(int, done.stdout.split())
+    assert second * 10 < first
