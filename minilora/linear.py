@@ -6,12 +6,19 @@ takes oneDNN by itself, and on a GPU cuBLAS; there, and for small products, it i
 The compiler of PyTorch calls oneDNN by the same operators (`torch/_inductor/mkldnn_ir.py`).
 """
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 FEW = 2**20  # multiplications below which starting oneDNN takes longer than it saves
+
+# Half a megabyte is kept for each shape of a product that oneDNN has met, of 1,024 of them unless
+# told otherwise, and prompts and trained tokens make new shapes all the time. Read at first use.
+for _cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # oneDNN's, PyTorch's
+    os.environ.setdefault(_cache, "256")
 
 
 class Linear(nn.Linear):

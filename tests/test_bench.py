@@ -5,18 +5,22 @@ Nothing here looks at how long something took.
 
 import copy
 import json
+import os
+import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from bench import breakdown, compare, make
+from bench import breakdown, compare, make, stream, without
 from conftest import LAW, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from minilora import bench
+from minilora import bench, linear, lora, loss, model, trainer
 from minilora.__main__ import main as minilora
 from minilora.config import UserError
 
@@ -113,6 +117,37 @@ def test_merging(made, run, tmp_path):
     assert len(one["export_seconds"]) == len(one["copy_seconds"]) == 2
     assert one["copy_bytes"] == pytest.approx(one["export_bytes"], rel=0.01)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def taken(monkeypatch):
+    """How many of what without.py changes are changed by now; all is put back in the end."""
+    there = {place: getattr(*place) for place in (
+        (linear, "_onednn"), (linear, "_one_row"), (model, "attend"), (loss, "COLUMNS"),
+        (trainer, "token_loss"), (trainer, "keep_memory"), (lora, "_adapted"),
+        (model.RMSNorm, "forward"), (model.Gemma, "logits"))}
+    for place, value in there.items():
+        monkeypatch.setattr(*place, value)
+    return lambda: sum(getattr(*place) is not value for place, value in there.items())
+
+
+@pytest.mark.parametrize("name", without.TAKE_OUT)
+def test_without_a_technique_the_same_is_computed(made, run, taken, name):
+    if name in ("one-row", "raw-logits"):
+        line, key = ["generate", made / "model", "--new", 6], "ids"
+    else:
+        line, key = ["train", made / "model", made / "packed", "--seed-lora", made / "lora",
+                     "--rank", 4], "losses"
+    line += ["--device", "cpu"]
+    whole = run(minilora, "bench", *line)
+    less = run(without.main, name, *line)
+    assert less[key] == pytest.approx(whole[key], abs=1e-4)
+    assert taken() == 1
+
+
+def test_no_such_technique(made):
+    with pytest.raises(UserError, match="no technique is called speed; there are onednn, "):
+        without.main(["speed", "train"])
 
 
 # --- batches --------------------------------------------------------------------------------------
@@ -325,14 +360,15 @@ def test_sides_run_in_turn_and_one_that_cannot_is_left_out(monkeypatch):
     assert len(runs[OURS]) == 1 and left_out == {PEER: "no time was left"}
 
 
-def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path):
+def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path, taken):
     """The command as it is, its processes run in this one; a doctored side leaves no file."""
     pytest.importorskip("peft")
     from bench import peer
 
     if peer.DEVICE != "cpu":
         pytest.skip("the peer runs on the GPU here")
-    mains = {"make.py": make.main, "peer.py": peer.main}
+    mains = {"make.py": make.main, "peer.py": peer.main, "without.py": without.main,
+             "stream.py": stream.main}
     lie = {}
 
     def here(title: str, command: list, flags: Namespace) -> str:
@@ -343,6 +379,7 @@ def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path):
         out = capsys.readouterr().out
         return json.dumps(json.loads(out) | lie) if script == "-m" else out
 
+    monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(compare, "finished", here)
     line = ["train", "--shape", "tiny", "--device", "cpu", "--length", "32", "--steps", "3",
             "--rounds", "2", "--out", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
@@ -360,6 +397,34 @@ def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path):
     compare.main(["table", "--out", str(tmp_path / "results")])
     assert capsys.readouterr().out == shown
     assert "| 2 × 32 tokens, 25% trained, tiny, float32 | " in shown
+    # All that `cpu` does, on the tiny shape.
+    small = [(job, settings | {"steps": 3}) for job, settings in compare.CPU
+             if "shape" not in settings]
+    monkeypatch.setattr(compare, "CPU", small)
+    compare.main(["cpu", *line[1:], "--rounds", "1", "--batch", "1", "--prompt", "8", "--new", "4",
+                  "--lengths", "16", "32", "--tokens", "32", "--conversations", "10", "40",
+                  "--count", "12"])
+    shown, done = capsys.readouterr().out, list(map(json.loads, map(Path.read_text, sorted(
+        (tmp_path / "results").iterdir()))))
+    assert {found["job"] for found in done} == {job for job, _ in small}
+    assert not any(found["left_out"] for found in done)
+    assert shown.count("| 1 × 32 tokens, 25% trained, tiny, float32 | ") == 1 + len(
+        compare.TECHNIQUES)
+    assert "| 12 conversations of train.jsonl, tiny, float32, packed | " in shown
+
+
+@pytest.mark.skipif(shutil.which("timeout") is None, reason="gpu.sh is for Linux")
+def test_the_script_for_gpus(tmp_path):
+    """One part of it, rehearsed on the tiny shape; a part that there is not stops no other."""
+    pytest.importorskip("peft")
+    script = subprocess.run(
+        ["bash", str(compare.HERE / "gpu.sh"), "fly", "load"], capture_output=True, text=True,
+        env=os.environ | {"SHAPE": "tiny", "ROUNDS": "1", "PYTHON": sys.executable,
+                          "OUT": str(tmp_path / "results"), "WORK": str(tmp_path / "work")})
+    assert "fly: failed (2)" in script.stdout and "load: done" in script.stdout
+    found, = compare.read_results(tmp_path / "results")
+    assert found["job"] == "load" and not found["left_out"] and len(found["sides"]) == 2
+    assert compare.table([found]) == (tmp_path / "results" / "gpu.md").read_text().strip()
 
 
 # --- the table ------------------------------------------------------------------------------------
@@ -403,6 +468,14 @@ def test_other_lengths_stand_beside_the_first():
             "2 (minilora, 2 × 256 tokens) | 0.8 (0.8–0.8) | 6 GB, 1.2 of 5 |  |") in lines
 
 
+def test_techniques_stand_beside_a_run_without():
+    found = stored("techniques", ours={"tokens_per_second": [300.0], "peak_host_gb": [5.0]})
+    found["sides"]["minilora, without columns"] = {"tokens_per_second": [200.0],
+                                                   "peak_host_gb": [10.0]}
+    assert ("| 8 × 2048 tokens, 20% trained, gemma2-2b, bfloat16 | 300 tokens/s | 200 (without "
+            "columns) | 1.5 (1.5–1.5) | 5 GB, 0.5 of 10 |  |") in compare.table([found])
+
+
 def test_machines_have_tables_of_their_own():
     one = stored("load", ours={"load_seconds": [2.0], "peak_host_gb": [5.0]})
     other = copy.deepcopy(one) | {"device": "another"}
@@ -412,3 +485,14 @@ def test_machines_have_tables_of_their_own():
 def test_the_readme_s_table_is_that_of_the_results():
     results = compare.read_results(compare.HERE / "results")
     assert compare.table(results) in (compare.ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("part, flags", [("train", ["--steps", "20"]), ("chat", ["--turns", "6"])])
+def test_long_runs_are_watched(part, flags):
+    """As short ones, in a process of their own: they put themselves between train.py's parts."""
+    done = subprocess.run([sys.executable, str(compare.HERE / "soak.py"), part, *flags],
+                          capture_output=True, text=True, check=True)
+    facts, verdict = done.stdout.splitlines()[-2:]
+    facts = json.loads(facts)
+    assert facts["count"] == int(flags[1]) and "flat" in verdict.lower()
+    assert all(facts[place]["MB"] > 100 for place in ("start", "middle", "end"))

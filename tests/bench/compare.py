@@ -6,6 +6,7 @@
     python tests/bench/compare.py load | merge
     python tests/bench/compare.py packing --data calls.jsonl --tokenizer FOLDER
     python tests/bench/compare.py scaling | feeding | profile
+    python tests/bench/compare.py techniques | decoding     what each technique gives
     python tests/bench/compare.py cpu            all that the README's table shows of a CPU
     python tests/bench/compare.py table          that table, from the files in results/
 
@@ -40,7 +41,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy")
-JOBS = ("train", "generate", "load", "merge", "packing", "scaling", "feeding", "profile")
+JOBS = ("train", "generate", "load", "merge", "packing", "scaling", "feeding", "techniques",
+        "decoding", "profile")
 
 # How far a loss may be from the peer's, and a gradient norm, as a share of it. In float32 sums in
 # another order make 1e-5 of a loss of 17. In bfloat16 a logit of 10 is known to 1/32 and each side
@@ -126,7 +128,10 @@ CPU = [
     ("train", {"shape": "gemma3-270m", "peer": ["sdpa"], "dtype": "bfloat16"}),
     *(("generate", {"batch": batch, "dtype": dtype})
       for dtype, batch in itertools.product(BARS, (1, 8))),
-    ("load", {}), ("merge", {}), ("packing", {}), ("scaling", {}), ("feeding", {}),
+    *((job, {"dtype": dtype}) for job, dtype in itertools.product(("load", "merge"), BARS)),
+    ("scaling", {}), ("feeding", {"steps": 20}), ("techniques", {}),
+    ("decoding", {"dtype": "bfloat16"}),
+    ("packing", {"peer": ["none"], "rounds": 1}),  # a peer's logits of 8 rows are 8 GB, many times
 ]
 
 
@@ -134,15 +139,20 @@ CPU = [
 
 def run_train(flags: argparse.Namespace) -> dict:
     """Steps of training on random batches."""
-    model, batch = checkpoint(flags), flags.batch or 2
-    made = ("batches", "--model", model, "--steps", flags.steps, "--batch", batch,
-            "--length", flags.length, "--share", flags.share, *["--packed"][:flags.packed])
-    inputs = [model, make(flags, ".safetensors", *made)]
-    seed = ["--seed-lora", make(flags, ".safetensors", "lora", "--model", model)]
-    runs, left_out = in_turn(flags, sides(flags, "train", [*inputs, *seed]))
+    flags.batch = flags.batch or 2
+    runs, left_out = in_turn(flags, sides(flags, "train", random_batches(flags)))
     left_out |= check_training(runs, flags.dtype)
-    return result(flags, runs, left_out, batch=batch, length=flags.length, share=flags.share,
+    return result(flags, runs, left_out, batch=flags.batch, length=flags.length, share=flags.share,
                   packed=flags.packed, steps=flags.steps)
+
+
+def random_batches(flags: argparse.Namespace) -> list:
+    """The arguments of a bench of training: a model, batches and a start for LoRA."""
+    model = checkpoint(flags)
+    made = ("batches", "--model", model, "--steps", flags.steps, "--batch", flags.batch,
+            "--length", flags.length, "--share", flags.share, *["--packed"][:flags.packed])
+    return [model, make(flags, ".safetensors", *made),
+            "--seed-lora", make(flags, ".safetensors", "lora", "--model", model)]
 
 
 def run_generate(flags: argparse.Namespace) -> dict:
@@ -204,11 +214,43 @@ def run_feeding(flags: argparse.Namespace) -> dict:
     flags.shape, rows, length, each = "nano", flags.batch or 4, 512, {}
     for count in flags.conversations:
         data = make(flags, ".jsonl", "synthetic", "--count", count)
-        line = [sys.executable, HERE / "stream.py", data, "--steps", 20, "--batch", rows,
+        line = [sys.executable, HERE / "stream.py", data, "--steps", flags.steps, "--batch", rows,
                 "--length", length, "--dtype", flags.dtype, "--device", flags.device]
         run("filling the cache", line, flags)
         each[f"minilora, {count:,} conversations"] = line
     return result(flags, *in_turn(flags, each), rows=rows, tokens=rows * length)
+
+
+TECHNIQUES = ("onednn", "attention-by-blocks", "gathering", "gradient-in-forward", "columns",
+              "lora-function", "norm-function", "kept-memory")  # in the words of without.py
+
+
+def run_techniques(flags: argparse.Namespace) -> dict:
+    """Our step, and with one technique taken out, which must compute the same."""
+    flags.batch = flags.batch or 2
+    runs, left_out = in_turn(flags, taken_out(flags, TECHNIQUES, "train", random_batches(flags)))
+    check_training(runs, flags.dtype)
+    return result(flags, runs, left_out, batch=flags.batch, length=flags.length, share=flags.share,
+                  steps=flags.steps)
+
+
+def run_decoding(flags: argparse.Namespace) -> dict:
+    """The same for decoding."""
+    batch = flags.batch or 1
+    size = [checkpoint(flags), "--batch", batch, "--prompt", flags.prompt, "--new", flags.new]
+    kernel = "onednn" if flags.dtype == "float32" else "one-row"
+    runs, left_out = in_turn(flags, taken_out(flags, (kernel, "raw-logits"), "generate", size))
+    check_ids(runs, flags.dtype)
+    return result(flags, runs, left_out, batch=batch, prompt=flags.prompt, new=flags.new)
+
+
+def taken_out(flags: argparse.Namespace, names: tuple[str, ...], what: str,
+              arguments: list) -> dict[str, list]:
+    """Our command, and the same without each of some techniques."""
+    whole = ours(flags, what, "plain", arguments)
+    less = [sys.executable, HERE / "without.py"]
+    return {"minilora": whole} | {f"minilora, without {name}": [*less, name, *whole[4:]]
+                                  for name in names}
 
 
 def run_profile(flags: argparse.Namespace) -> dict:
@@ -225,7 +267,7 @@ def run_profile(flags: argparse.Namespace) -> dict:
 
 RUN = {"train": run_train, "generate": run_generate, "load": run_files, "merge": run_files,
        "packing": run_packing, "scaling": run_scaling, "feeding": run_feeding,
-       "profile": run_profile}
+       "techniques": run_techniques, "decoding": run_decoding, "profile": run_profile}
 
 
 # --- inputs and processes -------------------------------------------------------------------------
@@ -483,6 +525,8 @@ FIGURES = {
     "packing": ("trained_per_second", "trained tokens/s", True),
     "scaling": ("step_seconds", "s a step", False),
     "feeding": ("step_seconds", "s a step", False),
+    "techniques": ("tokens_per_second", "tokens/s", True),
+    "decoding": ("decode_tokens_per_second", "tokens/s", True),
     "profile": ("step_seconds", "s a step", False),
 }
 
@@ -516,6 +560,8 @@ def lines_of(found: dict) -> list[list[str]]:
         padded = best([name for name in mine if name.endswith("padded")], found)
         return [cells(found, name, other) for name in mine if name != padded
                 for other in (padded, peer) if other]
+    if found["job"] in ("techniques", "decoding"):
+        return [cells(found, mine[0], name) for name in mine[1:]]
     if found["job"] in ("scaling", "feeding"):  # each beside the first
         return [cells(found, name, mine[0]) for name in mine]
     return [cells(found, name, peer) for name in mine]
@@ -535,7 +581,7 @@ def cells(found: dict, name: str, other: str | None) -> list[str]:
             f"{shown(statistics.median(side[key]))} {unit}", "", "", f"{shown(peak(side))} GB"]
     if other and other != name:
         beside = found["sides"][other]
-        short = other.removeprefix("transformers + peft, ")
+        short = re.sub("^transformers [+] peft, |^minilora, (?=without )", "", other)
         line[2] = f"{shown(statistics.median(beside[key]))} ({short})"
         ratios = [a / b if more else b / a for a, b in zip(side[key], beside[key], strict=True)]
         line[3] = f"{shown(statistics.median(ratios))} ({shown(min(ratios))}–{shown(max(ratios))})"
@@ -552,6 +598,8 @@ def described(found: dict) -> str:
         "packing": "{count} conversations of {data}",
         "scaling": "a step, " + share,
         "feeding": "a step of {tokens} tokens",
+        "techniques": "{batch} × {length} tokens, " + share,
+        "decoding": "decode {new} after {prompt}, batch {batch}",
         "profile": "{batch} × {length} tokens, " + share,
     }.get(found["job"], found["job"]).format(**settings) + f", {found['shape']}, {found['dtype']}"
 
