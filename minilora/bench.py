@@ -72,11 +72,11 @@ def bench_train(config: TrainConfig, lora: LoraConfig, file: str, seed_lora: str
     attach(model, lora)
     if seed_lora:
         set_adapters(model, Path(seed_lora))
-    prepare(model, config)
-    optimizer = make_optimizer(model, replace(config, weight_decay=0.0, lr_ratio=1.0))
     trained = trainable(model)
     base = [p for name, p in model.named_parameters() if name not in trained]
     before = byte_sum(base), byte_sum(trained.values())
+    prepare(model, config)
+    optimizer = make_optimizer(model, replace(config, weight_decay=0.0, lr_ratio=1.0))
 
     done, seconds = [], []
     for batch in steps:
@@ -174,8 +174,11 @@ def byte_sum(tensors: Iterable[Tensor]) -> int:
     for tensor in tensors:
         words = tensor.detach().view(-1).view(torch.int16)
         odd = torch.arange(1, 2 * min(piece, len(words)), 2, device=words.device)
-        sums = [(part * odd[:len(part)]).sum() for part in words.split(piece)]
-        for each in torch.stack(sums).tolist():
+        parts = words.split(piece)
+        sums = odd.new_empty(len(parts))
+        for number, part in enumerate(parts):
+            sums[number] = (part * odd[:len(part)]).sum()
+        for each in sums.tolist():
             total = (total * 3 + each) % 2**64
     return total
 
