@@ -1,5 +1,6 @@
 """`python -m minilora validate`: check.py, estimate.py and the command; bad rows, mended copies."""
 
+import gzip
 import json
 from dataclasses import replace
 
@@ -141,10 +142,10 @@ def test_a_copy_is_never_half_there(call, tmp_path):  # noqa: F811
                         ("--fix copy.json", "ends in .jsonl")):
         status, _, error = call(f"python -m minilora validate a.jsonl {words}")
         one_line(status, error, told)
-    (tmp_path / "latin.jsonl").write_bytes(json.dumps(HELLO).encode() + b'\n"\xe9"')
-    status, _, error = call("python -m minilora validate latin.jsonl --fix copy.jsonl")
-    one_line(status, error, "latin.jsonl", "UTF-8")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "latin.jsonl"]
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(HELLO).encode() + b"\n")[:-9])
+    status, _, error = call("python -m minilora validate cut.jsonl.gz --fix copy.jsonl")
+    one_line(status, error, "cut.jsonl.gz", "cannot be read")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "cut.jsonl.gz"]
 
 
 def test_a_row_that_is_no_object_of_its_own_is_told_once(nano_tokenizer, tmp_path):
