@@ -487,12 +487,17 @@ def test_the_readme_s_table_is_that_of_the_results():
     assert compare.table(results) in (compare.ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("part, flags", [("train", ["--steps", "20"]), ("chat", ["--turns", "6"])])
-def test_long_runs_are_watched(part, flags):
-    """As short ones, in a process of their own: they put themselves between train.py's parts."""
-    done = subprocess.run([sys.executable, str(compare.HERE / "soak.py"), part, *flags],
-                          capture_output=True, text=True, check=True)
-    facts, verdict = done.stdout.splitlines()[-2:]
-    facts = json.loads(facts)
-    assert facts["count"] == int(flags[1]) and "flat" in verdict.lower()
-    assert all(facts[place]["MB"] > 100 for place in ("start", "middle", "end"))
+def test_long_runs_are_watched(tmp_path):
+    """As short ones, in processes of their own: they put themselves between the parts of train.py
+    and infer.py."""
+    def run(*words: str) -> str:
+        return subprocess.run([sys.executable, *words], cwd=tmp_path, check=True, text=True,
+                              capture_output=True).stdout
+
+    run(str(compare.ROOT / "train.py"), *("--data nano/held_out.jsonl --length 800 --batch 1 "
+                                          "--steps 1 --eval-calls 0 --out run").split())
+    for part, *flags in (("train", "--steps", "20"), ("chat", "--turns", "6", "--adapter", "run")):
+        facts, verdict = run(str(compare.HERE / "soak.py"), part, *flags).splitlines()[-2:]
+        facts = json.loads(facts)
+        assert facts["count"] == int(flags[1]) and "flat" in verdict.lower()
+        assert all(facts[place]["MB"] > 100 for place in ("start", "middle", "end"))
