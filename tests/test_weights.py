@@ -403,7 +403,8 @@ def test_one_copy_in_memory(tmp_path, stored, dtype, head):
         capture_output=True, text=True, check=True, env=os.environ | {
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
     taken, size = map(int, done.stdout.split())
-    assert 0.8 * size <= taken <= 1.1 * size + 2 * weights.BLOCK
+    first = 2**24  # what a process takes that calls all this for the first time
+    assert 0.8 * size <= taken <= 1.1 * size + weights.BLOCK + first  # another copy is more
 
 
 def peak_memory(reset=False):
