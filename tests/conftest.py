@@ -6,6 +6,7 @@ And what they measure: differences from other implementations, held to a bar and
 import importlib.metadata
 import math
 import os
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -76,16 +77,27 @@ TOOL = {"type": "function", "function": {
         "type": "object", "properties": {"city": {"type": "string"}}}}}
 
 
-def load_tokenizer(model: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.model, with the tokens of the Hermes dialect."""
+def load_tokenizer(model: Path, *dialects: str) -> Tokenizer:
+    """The tokenizer of a tokenizer.model, with the tokens of some dialects (default: Hermes)."""
     tokenizer = Tokenizer.load(model.parent)
-    tokenizer.add_tokens(DIALECTS["hermes"].tokens)
+    for dialect in dialects or ("hermes",):
+        tokenizer.add_tokens(DIALECTS[dialect].tokens)
     return tokenizer
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")))
+
+
+@pytest.fixture
+def place(tmp_path):
+    """A folder for thousands of cases: in memory where the machine has such a disk."""
+    memory = Path("/dev/shm")
+    folder = (memory if memory.is_dir() else tmp_path) / f"hostile-{os.getpid()}"
+    folder.mkdir()
+    yield folder / "case"
+    shutil.rmtree(folder)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -386,16 +386,22 @@ def writer(request, base) -> tuple[Callable[[Path, int], object], Callable[[Path
     }[request.param]
 
 
+def begin(writer, folder: Path) -> tuple[Path, Path, object]:
+    """A folder with a first version, a copy of it, and what is read there."""
+    write, read = writer
+    here, before = folder / "here", folder / "before"
+    here.mkdir()
+    write(here, 0)
+    shutil.copytree(here, before)
+    return here, before, read(here)
+
+
 def test_a_fault_at_every_call_of_a_write(writer, tmp_path, cases, tried):
     """Whether a call fails, or all from that on, or the process dies there: what was there or what
     was to be there is there, whole; and the next write finds nothing in its way.
     """
     write, read = writer
-    here, before = tmp_path / "here", tmp_path / "before"
-    here.mkdir()
-    write(here, 0)
-    shutil.copytree(here, before)
-    old = read(here)
+    here, before, old = begin(writer, tmp_path)
     with untroubled() as calls:
         write(here, 1)
     new, clean, modes = read(here), names(here), cases(1, 3)
@@ -427,11 +433,7 @@ def test_a_fault_at_every_call_of_a_write(writer, tmp_path, cases, tried):
 def test_a_disk_that_fills_at_any_byte(writer, tmp_path, tried):
     resource = pytest.importorskip("resource")
     write, read = writer
-    here, before = tmp_path / "here", tmp_path / "before"
-    here.mkdir()
-    write(here, 0)
-    shutil.copytree(here, before)
-    old = read(here)
+    here, before, old = begin(writer, tmp_path)
     write(here, 1)
     new, largest = read(here), max(path.stat().st_size for path in here.rglob("*.*")
                                    if path.is_file())

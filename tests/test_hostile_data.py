@@ -13,7 +13,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from conftest import TOOL
+from conftest import TOOL, load_tokenizer
 from hostile import (
     STRANGE,
     Refused,
@@ -69,22 +69,9 @@ TEXTS = [dump_json(each) for each in ROWS]
 WHOLE = [read_row(each, quiet) for each in ROWS]
 
 
-@pytest.fixture
-def place(tmp_path):
-    """The folder of the cases: in memory where the machine has such a disk."""
-    memory = Path("/dev/shm")
-    folder = (memory if memory.is_dir() else tmp_path) / f"hostile-data-{os.getpid()}"
-    folder.mkdir()
-    yield folder / "case"
-    shutil.rmtree(folder)
-
-
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")).parent)
-    for dialect in DIALECTS.values():
-        tokenizer.add_tokens(dialect.tokens)
-    return tokenizer
+    return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")), *DIALECTS)
 
 
 # --- an independent reader ------------------------------------------------------------------------

@@ -57,16 +57,6 @@ def base(tmp_path_factory):
     return write_base(tmp_path_factory.mktemp("base") / "base", "gemma2", **SMALL)
 
 
-@pytest.fixture
-def place(tmp_path):
-    """The folder of the cases: in memory where the machine has such a disk."""
-    memory = Path("/dev/shm")
-    folder = (memory if memory.is_dir() else tmp_path) / f"hostile-{os.getpid()}"
-    folder.mkdir()
-    yield folder / "case"
-    shutil.rmtree(folder)
-
-
 # --- safetensors ----------------------------------------------------------------------------------
 
 def stored(tensors: dict) -> tuple[dict, bytes]:

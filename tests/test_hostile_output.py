@@ -13,6 +13,7 @@ import threading
 from random import Random
 
 import pytest
+from conftest import load_tokenizer
 from hostile import reading, survive
 from tiny_tokenizer import make_tokenizer_model
 
@@ -45,10 +46,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "", "parame
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
     """One that knows the tokens of all dialects: each may turn up in a reply of another."""
-    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")).parent)
-    for dialect in DIALECTS.values():
-        tokenizer.add_tokens(dialect.tokens)
-    return tokenizer
+    return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")), *DIALECTS)
 
 
 def written(message: Message, tokenizer: Tokenizer, dialect: str) -> list[int]:

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import load_tokenizer, tiny_model
 from tiny_tokenizer import make_tokenizer_model
 
 from minilora.chat import Message, ToolCall, render, stop_ids
@@ -37,10 +37,7 @@ CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ur"}}\n</tool_ca
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> Tokenizer:
-    tokenizer = Tokenizer.load(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")).parent)
-    for dialect in DIALECTS.values():
-        tokenizer.add_tokens(dialect.tokens)
-    return tokenizer
+    return load_tokenizer(make_tokenizer_model(tmp_path_factory.mktemp("tokenizer")), *DIALECTS)
 
 
 def load_infer():
