@@ -155,14 +155,10 @@ def train(flags: argparse.Namespace, lora: LoraConfig, config: TrainConfig, out:
     optimizer = make_optimizer(model, config)
     state = {"step": 0, "steps": steps, "tokens": 0, "seconds": 0.0,  # of training so far
              "left_out": 0, "in_a_row": 0,  # steps that were not applied: in all, and of late
-             "best": None, "before": None,
+             "best_step": None, "best_held_out_loss": None, "before": None, "no_tool_before": None,
              "made_from": made_from(lora, config, dtype, tokenizer, files)}
     if flags.resume and latest_state(out / "checkpoints"):
-        stopped = load_state(out / "checkpoints", model, optimizer, state["made_from"])
-        if "made_from" not in stopped:
-            say("note: the run began before its settings and data were kept with it, so whether "
-                "they have changed is not known")
-        state |= stopped
+        state |= load_state(out / "checkpoints", model, optimizer, state)
         if steps < state["step"]:
             raise UserError(f"{out} has done {state['step']} steps already; ask for more of them "
                             f"than {steps}, or leave --steps and --epochs out")
@@ -213,8 +209,8 @@ def train(flags: argparse.Namespace, lora: LoraConfig, config: TrainConfig, out:
                 say(f"step {step + 1}: loss {done.loss:.4f}, held out {held:.4f}")
                 if math.isfinite(held):
                     record["held_out_loss"] = held
-                    if not state["best"] or held < state["best"]["held_out_loss"]:
-                        state["best"] = {"step": step + 1, "held_out_loss": held}
+                    if (best := state["best_held_out_loss"]) is None or held < best:
+                        state |= {"best_step": step + 1, "best_held_out_loss": held}
                 else:
                     with torch.no_grad():
                         record["held_out_rows"] = rows = not_finite(model, held_out, config)
@@ -257,11 +253,11 @@ def train(flags: argparse.Namespace, lora: LoraConfig, config: TrainConfig, out:
 
     result = {"before": state["before"], "after": after.calls.value,
               "after_95": after.calls.interval, "after_of": after.calls.total,
-              "no_tool_before": state.get("no_tool_before"), "no_tool_after": after.no_tool.value,
+              "no_tool_before": state["no_tool_before"], "no_tool_after": after.no_tool.value,
               "no_tool_after_95": after.no_tool.interval, "no_tool_after_of": after.no_tool.total,
               "steps": steps, "left_out_steps": state["left_out"],
-              "best_held_out_loss": (state["best"] or {}).get("held_out_loss"),
-              "best_step": (state["best"] or {}).get("step"), "conversations": facts["used"],
+              "best_held_out_loss": state["best_held_out_loss"],
+              "best_step": state["best_step"], "conversations": facts["used"],
               "seconds": round(time.perf_counter() - STARTED, 1),
               "train_seconds": round(seconds, 1),
               "tokens_per_second": round(state["tokens"] / seconds, 1) if seconds else None,
@@ -281,9 +277,9 @@ def train(flags: argparse.Namespace, lora: LoraConfig, config: TrainConfig, out:
         if state["left_out"]:
             rows += [("left out", f"{state['left_out']} of the steps, whose numbers were not "
                                   f"finite; {metrics} names their rows")]
-        if state["best"]:
-            rows += [("held out", "loss {held_out_loss:.4f} at best, after step {step}".format(
-                **state["best"]))]
+        if state["best_held_out_loss"] is not None:
+            rows += [("held out", f"loss {state['best_held_out_loss']:.4f} at best, after step "
+                                  f"{state['best_step']}")]
         if after.cases:
             before = "none" if state["before"] is None else f"{state['before']:.3f}"
             rows += [("calls right", f"{before} before, {after.calls} after"),

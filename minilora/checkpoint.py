@@ -59,14 +59,17 @@ def _base_parameters(model: Gemma) -> dict[str, nn.Parameter]:
 
 
 def fingerprint(model: Gemma) -> dict:
-    """What tells one base from another: its shape, and a hash over the start of every tensor.
+    """What tells one base from another: its shape, and a hash over the first 1,024 numbers of every
+    tensor and the first number of each of its rows, so that one row of another kind is seen, too.
 
     Taken in bfloat16, so that it is the same whichever dtype the base is loaded in.
     """
     digest = hashlib.sha256()
     for name, parameter in _base_parameters(model).items():
-        start = parameter.detach().flatten()[:1024].to("cpu", torch.bfloat16)
-        digest.update(name.encode() + start.view(torch.uint8).numpy().tobytes())
+        rows = parameter.detach().view(len(parameter), -1)  # of a vector: its numbers
+        for part in (rows.flatten()[:1024], rows[:, 0]):
+            part = part.to("cpu", torch.bfloat16).contiguous()
+            digest.update(name.encode() + part.view(torch.uint8).numpy().tobytes())
     config = model.config
     return {"model_type": config.model_type, "vocab_size": config.vocab_size,
             "hidden_size": config.hidden_size, "num_hidden_layers": config.num_hidden_layers,

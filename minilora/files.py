@@ -32,7 +32,7 @@ if os.name == "nt":
 else:
     import fcntl
 
-FORMAT = 1  # of minilora.json and state.json
+FORMAT = 2  # of minilora.json and state.json
 BLOCK = 2**22  # bytes read, merged or written at a time: few enough to stay in the cache
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

@@ -35,6 +35,7 @@ from minilora.weights import snapshot
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ROW = 2**20    # bytes of the longest row that is read: about a quarter of a million tokens
 BLOCK = 2**17  # bytes of an array that are read at a time; its white space may be as long
+FAR = 64       # times ROW: how far the end of a line is looked for that is too long to be read
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "state.json")  # beside data, not data
 
 
@@ -192,8 +193,8 @@ class RawRow(NamedTuple):
 def read_rows(file: DataFile) -> Iterator[RawRow]:
     """The rows of a file, good and bad, in order, read bit by bit.
 
-    A row longer than `ROW` is a bad one, and the last: what a small .gz unpacks to cannot fill the
-    memory.
+    A row longer than `ROW` is a bad one (and the last, if it is of an array), so that what a small
+    .gz unpacks to cannot fill the memory.
     Raises UserError where the file cannot be read, or not to its end.
     """
     path, name = file.path, file.name
@@ -233,14 +234,13 @@ _KEEP = "surrogateescape"  # bytes that are no UTF-8 come as what `decode_json` 
 
 
 def _lines(data: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines that hold something, by number; one that is cut off (`_is_cut`) is the last."""
+    """The lines that hold something, by number; of one that is too long its start (`_is_cut`)."""
     lines = iter(partial(data.readline, ROW), b"")  # JSON may hold other line separators than \n
     for number, line in enumerate(lines, 1):
-        if _is_cut(line):
+        if line.strip() or _is_cut(line):
             yield number, line
-            return
-        if line.strip():
-            yield number, line
+        if _is_cut(line) and all(map(_is_cut, itertools.islice(lines, FAR))) and data.peek(1):
+            raise EOFError(f"the line has no end in {FAR * ROW >> 20} MiB")
 
 
 def _is_cut(line: bytes) -> bool:
@@ -256,7 +256,7 @@ def _line_rows(lines: Iterable[tuple[int, bytes]], name: str) -> Iterator[RawRow
         where = f"{name}:{line} (row {number})"
         try:
             if _is_cut(row):
-                raise ValueError(f"longer than {MOST}, and the rest of the file is not read")
+                raise ValueError(f"longer than {MOST}")
             yield RawRow(where, load_json(row.decode("utf-8", _KEEP)))
         except ValueError as error:
             yield RawRow(where, problem=f"{error}; expected one JSON object a line, or one array")

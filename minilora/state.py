@@ -134,12 +134,13 @@ def _changed_file(was: list[dict], now: list[dict]) -> str:
 
 
 def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimizer,
-               now: dict | None = None) -> dict:
+               start: dict | None = None) -> dict:
     """Goes back to the newest complete checkpoint of a run's checkpoints folder: its `progress`.
 
     `model` and `optimizer` are made as when it was saved: same base, same adapters and rows, same
-    groups; and `now` is as `progress["made_from"]` was. Raises UserError, with all unchanged, where
-    they are not, and where there is none.
+    groups. `start` is the `progress` of a run that begins now: what is stored has the same kinds of
+    values (where None stands there, a number may), and the same "made_from". Raises UserError, with
+    all unchanged, where they are not, and where there is no checkpoint.
     """
     path = latest_state(folder)
     if path is None:
@@ -147,16 +148,17 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
     weights, path = path / "state.safetensors", path / "state.json"
     hint = f"delete {path.parent} to go on from the one before"
     state = read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict, step=int)
-    progress = state["progress"]
+    progress, start = state["progress"], start or {}
     try:
-        if now and "made_from" in progress:
-            check_made_from(progress["made_from"], now, Path(folder).parent)
-        if progress.get("step", state["step"]) != state["step"]:
-            raise ValueError
-    except (LookupError, TypeError, AttributeError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{path}: does not go with itself; {hint}") from None
+        if start:
+            check_made_from(progress["made_from"], start["made_from"], Path(folder).parent)
+        sound = progress.get("step", state["step"]) == state["step"] and all(
+            type(progress[key]) is type(value) or value is None and type(progress[key]) in (
+                int, float) for key, value in start.items())
+    except (LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise UserError(f"{path}: does not go with itself; {hint}")
     check_base(state["fingerprint"], model, path, "that of the run")
     parameters = trainable(model)
     names = {parameter: name for name, parameter in parameters.items()}

@@ -21,6 +21,7 @@ from minilora.checkpoint import (
     compare_logits,
     export_extended,
     export_merged,
+    fingerprint,
     load_adapter,
     open_model,
     save_adapter,
@@ -183,6 +184,20 @@ def test_a_bfloat16_base_keeps_float32_masters_and_its_fingerprint(base, tmp_pat
             assert torch.equal(parameter, trainable(model)[name])
 
 
+def test_a_base_with_one_other_row_is_another(base):
+    """As one whose rows of new tokens were trained is: in the middle of no tensor that is looked at
+    from its start only.
+    """
+    model = load_model(base)
+    first = fingerprint(model)
+    assert fingerprint(load_model(base, torch.bfloat16)) == first
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter[-1] += 1
+            assert fingerprint(model) != first
+            parameter[-1] -= 1
+
+
 def test_files_are_as_readable_as_any_other(adapter):
     plain = adapter / "plain"
     plain.write_text("")
@@ -273,9 +288,9 @@ def test_a_folder_without_an_adapter_or_a_second_one_is_refused(base, adapter, t
     assert "no adapter there" in refusal(load_adapter, model, tokenizer, tmp_path / "none")
     load_adapter(model, tokenizer, adapter)
     assert "already" in refusal(load_adapter, model, tokenizer, adapter)
-    edit_json(adapter / "minilora.json", format=2)
-    assert "format is 2" in refusal(load_adapter, *fresh(base), adapter)
-    (adapter / "minilora.json").write_text('{"format": 1, "dialect": "hermes"}')
+    edit_json(adapter / "minilora.json", format=1)
+    assert "format is 1" in refusal(load_adapter, *fresh(base), adapter)
+    (adapter / "minilora.json").write_text('{"format": 2, "dialect": "hermes"}')
     assert "tokens is not a dict" in refusal(load_adapter, *fresh(base), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(b"\0" * 30)
     (adapter / "minilora.json").unlink()

@@ -241,27 +241,35 @@ def test_packed_files(place, tokenizer, cases, tried):
 
 
 def test_rows_that_are_too_long(place, tokenizer, cases, tried, monkeypatch):
-    """Just below the limit, just above it, with what is larger behind: the row, and all before."""
+    """Just below the limit, just above it, with what is larger behind: of an array the row and all
+    before, and of lines all others, too, if the end of the long one is not too far.
+    """
     monkeypatch.setattr(sources, "ROW", 300)
+    monkeypatch.setattr(sources, "FAR", 2)
 
     def case(random, folder):
         sources.BLOCK = random.choice([8, 10, 299, 300, 301, 5000])
-        size = random.choice([250, 290, 297, 298, 299, 300, 301, 302, 310, 600, 601, 900, 5000])
+        size = random.choice([250, 290, 297, 298, 299, 300, 301, 302, 310, 598, 599, 600, 601, 898,
+                              899, 900, 901, 5000])
         row = '{"messages": [{"role": "user", "content": "%s"}]}'
         before = row % "a"
         long = row % ("b" * (size - len(row) + 2))
         assert len(long) == size
-        rows = [before, long, before] if random.random() < 0.5 else [long, before]
+        rows = random.choice([[before, long, before], [long, before], [before, long], [long]])
         array = random.random() < 0.5
         path = folder / "rows.json"
         path.write_text(f"[{', '.join(rows)}]" if array else "\n".join(rows))
         found, problems = check_read(path, tokenizer, random)
+        last = rows[-1] == long
         if size <= 300 - (not array):  # a line has an end besides
             assert len(found) == len(rows) and not problems
+        elif not array and size >= 3 * 300 + last:
+            assert "what follows cannot be read (the line has no end in" in found, (size, found)
         else:
-            assert len(found) == rows.index(long) and len(problems) == 1
-            assert f"(row {len(found) + 1}): " in problems[0]
-            assert "MiB" in problems[0] and "the rest of the file is not read" in problems[0]
+            where = rows.index(long)
+            assert len(found) == (where if array else len(rows) - 1) and len(problems) == 1
+            assert f"(row {where + 1}): " in problems[0] and "MiB" in problems[0]
+            assert ("the rest of the file is not read" in problems[0]) == array
         return found
 
     number = cases(300, 1000)

@@ -628,7 +628,11 @@ def test_checkpoints(base, place, cases, tried):
     for parameter in trainable(model).values():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    written = save_state(base.parent / "checkpoints", 3, model, optimizer, {"step": 3})
+    start = {"step": 0, "tokens": 0, "seconds": 0.0, "best": None, "made_from": {
+        "settings": {"lr": 0.1, "targets": ["all"]}, "tokenizer": "a",
+        "files": [{"name": "a.jsonl", "rows": 2, "content": "b", "order": "c", "tokens": "d"}]}}
+    written = save_state(base.parent / "checkpoints", 3, model, optimizer,
+                         start | {"step": 3, "tokens": 54, "seconds": 0.5, "best": 0.1})
     state = json.loads((written / "state.json").read_text())
     header, data = stored(safetensors.torch.load_file(written / "state.safetensors"))
 
@@ -649,7 +653,8 @@ def test_checkpoints(base, place, cases, tried):
         else:
             (there / "state.safetensors").write_bytes(hostile_tensors(random, header, data))
         before = snapshot()
-        done = attempt(load_state, folder, model, optimizer, about=str(folder))
+        done = attempt(load_state, folder, model, optimizer, start,
+                       about=str(folder.parent))
         after = snapshot()
         if isinstance(done, Refused):
             for a, b in zip(before[0].values(), after[0].values(), strict=True):
@@ -658,6 +663,7 @@ def test_checkpoints(base, place, cases, tried):
             assert torch.equal(before[2], after[2]) and before[3] == after[3]
             return done
         assert all(path.resolve().is_relative_to(there) for path in there.iterdir())
+        assert done["step"] == 3 and done["tokens"] + done["seconds"] + (done["best"] or 0) >= 0
         tensors = safetensors.torch.load_file(there / "state.safetensors")
         for name, parameter in trainable(model).items():
             assert same(parameter.detach(), tensors[f"model.{name}"])

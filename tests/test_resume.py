@@ -177,7 +177,7 @@ def test_the_best_look_is_kept_through_a_stop(here, monkeypatch):
             assert here(*recipe, "--out", run)[0] == 0
     state = latest_state("better/checkpoints") / "state.json"
     kept = json.loads(state.read_text())
-    kept["progress"]["best"] = {"held_out_loss": 0.0, "step": 2}  # as no later step can have it
+    kept["progress"] |= {"best_held_out_loss": 0.0, "best_step": 2}  # as no later step can have it
     state.write_text(json.dumps(kept))
     for run in ("whole", "better"):
         assert here("--resume", run)[0] == 0
@@ -331,16 +331,20 @@ def test_what_a_resumed_run_may_change(stopped):
         one_line(status, error, f"leave out {words[0]}")
 
 
-def test_a_run_from_before_this_was_kept_goes_on(stopped):
+@pytest.mark.parametrize("wrong", ["x", {}, None, ...], ids=["text", "object", "null", "none"])
+def test_a_checkpoint_that_does_not_go_with_itself_is_refused(stopped, wrong):
+    """Whichever of the things that the run keeps there is of another kind, or not there."""
     path = latest_state("run/checkpoints") / "state.json"
-    state = json.loads(path.read_text())
-    state["progress"] = {"step": 2, "before": None}
-    path.write_text(json.dumps(state))
-    status, error = stopped("--resume", "run", "--steps", "3")
-    assert status == 0 and "resumed at step 2 of 3" in error
-    assert "note: the run began before its settings and data were kept" in error
-    status, error = stopped("--resume", "run", "--steps", "4")  # from now on they are
-    assert status == 0 and "note: the run began" not in error
+    whole = json.loads(path.read_text())
+    assert len(whole["progress"]) == 11
+    for key, value in whole["progress"].items():
+        damaged = {name: wrong if name == key else value
+                   for name, value in whole["progress"].items() if name != key or wrong is not ...}
+        if wrong is None and key.startswith(("best", "before", "no_tool")):
+            continue  # not known yet
+        path.write_text(json.dumps(whole | {"progress": damaged}))
+        status, error = stopped("--resume", "run", "--steps", "3")
+        one_line(status, error.strip().splitlines()[-1], "state.json", "does not go with itself")
 
 
 # --- numbers that go wrong ------------------------------------------------------------------------
