@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from minilora.jsontext import MAX_DEPTH, check_value, decode_json, dump_json, skip_space
 
-DEPTH = MAX_DEPTH - 8  # levels of a call's arguments: with the row that holds it, it can be read
+DEPTH = MAX_DEPTH - 8  # levels of a call's arguments, or of a tool: less those of a row around
 
 
 class Kind(IntEnum):

@@ -44,8 +44,8 @@ from minilora.formats import (
     take_tools,
     xlam_row,
 )
-from minilora.jsontext import dump_json, load_json
-from minilora.notation import call_from
+from minilora.jsontext import check_value, dump_json, load_json
+from minilora.notation import DEPTH, call_from
 from minilora.report import visible
 from minilora.sources import Data, find_files, read_rows
 
@@ -387,6 +387,7 @@ def _tools(raw: object, field: str, notice: Callable[[str], None], mend: bool = 
             tool = {**tool, "function": {**function, "parameters": parameters}}
         _expect(isinstance(tool["function"].get("parameters", {}), dict),
                 f"{at}.parameters is not an object; expected a JSON schema")
+        at_field(at, check_value, tool, DEPTH)
         plain = standard_tool(tool)
         if plain != tool:
             notice("has types in its tools that JSON Schema lacks (dict, float …), read as its own")

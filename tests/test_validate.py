@@ -110,6 +110,21 @@ def test_a_copy_reads_as_the_original(tmp_path_factory, nano_tokenizer, conversa
     assert copy.read_bytes() == (folder / "again.jsonl").read_bytes()
 
 
+def test_a_tool_that_is_read_from_text_is_not_too_deep_for_the_copy(nano_tokenizer, tmp_path):
+    def tools(depth: int) -> list[dict]:
+        schema = {}
+        for _ in range(depth):
+            schema = {"not": schema}
+        return [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+
+    data, copy = tmp_path / "a.jsonl", tmp_path / "copy.jsonl"
+    write_rows(data, [HELLO | {"tools": json.dumps(tools(depth))} for depth in range(45, 70)])
+    facts, _ = check_data(str(data), nano_tokenizer, TrainConfig(length=10**6), str(copy))
+    assert 0 < facts["used"] < 25 and facts["used"] + facts["unread"] == 25
+    again, _ = check_data(str(copy), nano_tokenizer, TrainConfig(length=10**6))
+    assert again["used"] == facts["used"] and not again["problems"]
+
+
 @pytest.mark.parametrize("data, told", [
     ("a.jsonl", None), ("a.jsonl@0.5", "none are in a copy: name it copy.jsonl@0.5"),
     ("a.jsonl@0.5,b.jsonl", "mend files of different weights one by one")])
