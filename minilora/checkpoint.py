@@ -29,6 +29,7 @@ from minilora.files import (
     read_own,
     read_tensors,
     replacing_folder,
+    unchanged,
     write_blocks,
     write_json,
     write_tensors,
@@ -219,30 +220,31 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     if adapted(model) or model.embed_tokens.rows is not None:
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     config_path, own_path = folder / "adapter_config.json", folder / "minilora.json"
-    config = read_object(config_path)
-    base = str(config.get("base_model_name_or_path") or "its base")
-    own = {"dialect": "hermes", "tokens": {}, "mode": "append"}
-    if own_path.exists():
-        own = read_own(own_path, dialect=str, tokens=dict, mode=str, fingerprint=dict)
-        check_base(own["fingerprint"], model, own_path, base)
-        if own["dialect"] not in DIALECTS:
-            raise UserError(f"{own_path}: dialect is {own['dialect']!r}; expected one of "
-                            f"{', '.join(DIALECTS)}")
-    lora = _read_lora(config, config_path, model)
-    ids = _read_row_ids(config, config_path, model)
+    with unchanged(folder):
+        config = read_object(config_path)
+        base = str(config.get("base_model_name_or_path") or "its base")
+        own = {"dialect": "hermes", "tokens": {}, "mode": "append"}
+        if own_path.exists():
+            own = read_own(own_path, dialect=str, tokens=dict, mode=str, fingerprint=dict)
+            check_base(own["fingerprint"], model, own_path, base)
+            if own["dialect"] not in DIALECTS:
+                raise UserError(f"{own_path}: dialect is {own['dialect']!r}; expected one of "
+                                f"{', '.join(DIALECTS)}")
+        lora = _read_lora(config, config_path, model)
+        ids = _read_row_ids(config, config_path, model)
 
-    shapes = {_ROWS: [len(ids), model.config.hidden_size]} if ids else {}
-    ranks = dict(text.split("=") for text in lora.rank_pattern)
-    for name in lora.targets:
-        out_features, in_features = model.get_submodule(name).weight.shape
-        rank = int(ranks.get(name, lora.rank))
-        shapes[_peft_name(name, "lora_A.weight")] = [rank, in_features]
-        shapes[_peft_name(name, "lora_B.weight")] = [out_features, rank]
-        if lora.dora:
-            shapes[_peft_name(name, "lora_magnitude_vector")] = [out_features]
-    tensors = read_tensors(folder / "adapter_model.safetensors", shapes,
-                            f"is {base} the base that is loaded, and did peft save the adapter "
-                            "with save_embedding_layers=False?")
+        shapes = {_ROWS: [len(ids), model.config.hidden_size]} if ids else {}
+        ranks = dict(text.split("=") for text in lora.rank_pattern)
+        for name in lora.targets:
+            out_features, in_features = model.get_submodule(name).weight.shape
+            rank = int(ranks.get(name, lora.rank))
+            shapes[_peft_name(name, "lora_A.weight")] = [rank, in_features]
+            shapes[_peft_name(name, "lora_B.weight")] = [out_features, rank]
+            if lora.dora:
+                shapes[_peft_name(name, "lora_magnitude_vector")] = [out_features]
+        tensors = read_tensors(folder / "adapter_model.safetensors", shapes,
+                               f"is {base} the base that is loaded, and did peft save the adapter "
+                               "with save_embedding_layers=False?")
 
     size, tokens = len(model.embed_tokens.weight), own["tokens"]
     try:

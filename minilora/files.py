@@ -132,6 +132,28 @@ def current(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
+def unchanged(folder: Path) -> Iterator[None]:
+    """Refuses what was read in the block if `folder` was written to meanwhile: it may be of two
+    versions, or of numbers read where another file's header put them. Raises UserError.
+    """
+    before = _versions(folder)
+    try:
+        yield
+    finally:
+        if _versions(folder) != before:
+            raise UserError(f"{folder}: was written to while it was read; read it again") from None
+
+
+def _versions(folder: Path) -> dict[str, tuple]:
+    """Of each file in a folder what is another if the file is replaced."""
+    with contextlib.suppress(OSError), os.scandir(folder) as inside:
+        about = {entry.name: entry.stat() for entry in inside if entry.name[0] != "."}
+        return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+                for name, stat in about.items()}
+    return {}  # it is being replaced
+
+
+@contextlib.contextmanager
 def alone(lock: Path, folder: Path) -> Iterator[None]:
     """Keeps other processes out of `folder`, by the file `lock`, until the block ends.
 

@@ -21,7 +21,7 @@ from huggingface_hub import errors as hub
 from torch import Tensor, nn
 
 from minilora.config import GemmaConfig, UserError, builtin, check_dtype, check_file, read_json
-from minilora.files import BLOCK, FLOATS, Stored, current, read_headers, torn
+from minilora.files import BLOCK, FLOATS, Stored, current, read_headers, torn, unchanged
 from minilora.model import Gemma
 
 FILES = ("config.json", "generation_config.json", "model.safetensors",
@@ -159,15 +159,16 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16,
     if dtype == torch.float16:
         check_dtype("float16")
     folder = locate(source, FILES)
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = Gemma(config)
-    stored = _match(folder, model)
-    for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].start)):
-        value = torch.empty(tensor.shape, dtype=dtype, device=device)
-        _read(tensor, value)
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
+    with unchanged(folder):
+        config = read_config(folder)
+        with torch.device("meta"):
+            model = Gemma(config)
+        stored = _match(folder, model)
+        for name, tensor in sorted(stored.items(), key=lambda item: (item[1].path, item[1].start)):
+            value = torch.empty(tensor.shape, dtype=dtype, device=device)
+            _read(tensor, value)
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
     return model
 
 

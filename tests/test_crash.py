@@ -30,14 +30,16 @@ from test_checkpoint import trainee, tuned, write_base
 from test_sources import program
 from tqdm import tqdm
 
-from minilora import cache, files, report
+from minilora import cache, checkpoint, files, report, weights
 from minilora.cache import load_examples
-from minilora.checkpoint import export_extended, export_merged, save_adapter
+from minilora.checkpoint import export_extended, export_merged, load_adapter, save_adapter
 from minilora.config import UserError
 from minilora.files import alone, current, write_file
 from minilora.lora import trainable
 from minilora.report import append_metrics, forget_metrics_after, read_metrics
 from minilora.state import latest_state, load_state, save_state
+from minilora.tokenizer import Tokenizer
+from minilora.weights import load_model
 
 FLAGS = ["--model", "base", "--data", "calls.jsonl", "--steps", "6", "--batch", "1",
          "--accumulate", "2", "--dropout", "0.2", "--length", "192", "--rank", "2",
@@ -546,6 +548,35 @@ def test_what_a_folder_replaces_is_read_in_its_place(tmp_path):
     assert current(tmp_path / "run" / "adapter") == tmp_path / ".run.old" / "adapter"
     assert current(tmp_path / "no" / "adapter") == tmp_path / "no" / "adapter"
     assert current(Path(".")) == Path(".")
+
+
+@pytest.mark.parametrize("what, reads", [("merged", (weights, "_read")),
+                                         ("adapter", (checkpoint, "read_tensors"))])
+def test_nothing_is_read_of_two_versions(base, tmp_path, monkeypatch, what, reads):
+    """Another process writes anew what is being read: the first half is of what it was."""
+    write = {"merged": export_merged, "adapter": save_adapter}[what]
+    first, second = (tuned(base, seed=seed, rank=2) for seed in (1, 5))
+    args = (base, tmp_path / what) if what == "merged" else (tmp_path / what, str(base))
+    write(*first, *args)
+    real = getattr(*reads)
+
+    def slow(*given):
+        if not written:
+            written.append(write(*second, *args))
+        return real(*given)
+
+    def load() -> None:
+        if what == "merged":
+            load_model(tmp_path / what)
+        else:
+            load_adapter(load_model(base), Tokenizer.load(base), tmp_path / what)
+
+    written = []
+    monkeypatch.setattr(*reads, slow)
+    with pytest.raises(UserError, match=f"{what}: was written to while it was read; read it again"):
+        load()
+    assert written
+    load()
 
 
 def test_where_there_are_no_locks_nobody_is_kept_out(tmp_path, monkeypatch):
