@@ -315,12 +315,16 @@ def _parquet_rows(path: Path, name: str) -> Iterator[RawRow]:
     number, where = 0, name
     try:
         with ParquetFile(path) as table:
-            for batch in table.iter_batches(batch_size=256):
+            # Rows may be of any length, whatever the file's, so few at once.
+            for batch in table.iter_batches(batch_size=8, use_threads=False):
                 for row in batch.to_pylist():
                     number += 1
                     where = f"{name} (row {number})"
                     try:  # as strict as a row of JSON; a date is text
-                        yield RawRow(where, load_json(json.dumps(_without_nulls(row), default=str)))
+                        text = json.dumps(_without_nulls(row), default=str)
+                        if len(text) > ROW:
+                            raise ValueError(f"longer than {MOST}")
+                        yield RawRow(where, load_json(text))
                     except ValueError as error:
                         yield RawRow(where, problem=str(error))
     except (OSError, ValueError, ArrowException) as error:  # a text that is not UTF-8

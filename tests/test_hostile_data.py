@@ -39,6 +39,7 @@ from minilora.data import make_parts
 from minilora.dialects import DIALECTS
 from minilora.jsontext import MAX_DEPTH, dump_json, load_json
 from minilora.readers import openai_row, read_conversations, read_row, refuse
+from minilora.sources import DataFile, read_rows
 from minilora.tokenizer import Tokenizer
 from minilora.view import html_page
 
@@ -592,3 +593,23 @@ def test_parquet(place, cases, tried):
     number = cases(300, 3000)
     survive("parquet", place, number, case)
     tried(MUTATED, number)
+
+
+def test_a_small_parquet_of_large_rows(tmp_path, tried):
+    """A text may be there once and stand in each of its rows."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    values = pyarrow.array(["a" * (sources.ROW - 100), "a" * sources.ROW]).dictionary_encode()
+    many = values.take(pyarrow.array([1, 0] * 100))
+    path = tmp_path / "bomb.parquet"
+    parquet.write_table(pyarrow.table({"messages": many}), path, compression="zstd")
+    assert path.stat().st_size < 10_000
+    del values, many
+    pool = pyarrow.default_memory_pool()
+    before = pool.bytes_allocated()
+    problems = [(row.problem, pool.bytes_allocated() - before) for row in
+                read_rows(DataFile(path, path.name))]
+    assert [problem for problem, _ in problems] == ["longer than 1 MiB", ""] * 100
+    assert max(size for _, size in problems) < 32 * sources.ROW
+    tried(MUTATED, 1)
