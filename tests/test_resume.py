@@ -472,7 +472,7 @@ def test_out_of_memory_for_real_is_one_line_with_numbers(tmp_path):
          *"--batch 16 --length 800 --steps 2 --out run".split()], cwd=tmp_path, text=True,
         capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     lines = done.stderr.strip().splitlines()
-    one_line(done.returncode, lines[-1], "out of memory on cpu", "the run held", "asked for",
+    one_line(done.returncode, lines[-1], "out of memory on cpu", "the run held",
              "--batch 16 --length 800 --recompute none", "--batch 8 --accumulate 2 (the same step)")
     assert not any("Traceback" in line for line in lines)
 

@@ -170,7 +170,7 @@ def test_parquet_rows_lose_what_a_column_filled_in(here, monkeypatch):
         def __init__(self, path): ...
         def __enter__(self): return self
         def __exit__(self, *_): ...
-        def iter_batches(self, batch_size):
+        def iter_batches(self, batch_size, use_threads):
             return [types.SimpleNamespace(to_pylist=lambda: rows[:1]),
                     types.SimpleNamespace(to_pylist=lambda: rows[1:])]
 
