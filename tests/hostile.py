@@ -9,6 +9,7 @@ from its own number, so a failure names all that is needed to repeat it.
 
 import contextlib
 import copy
+import gc
 import json
 import os
 import shutil
@@ -83,6 +84,7 @@ def survive(name: str, folder: Path, count: int,
 
 def _child(name: str, folder: Path, count: int, case: Callable, tell: int) -> None:
     torch.set_num_threads(1)  # the threads that there were did not come along
+    gc.freeze()  # what the parent has is not gone through again and again, in copies of its pages
     for number in (signal.SIGALRM, signal.SIGPROF):
         signal.signal(number, signal.SIG_DFL)  # ends the child, whatever it is in the middle of
     _watch_opens(folder)

@@ -9,7 +9,7 @@ resolution=$1 extras=$2 venv=$3 python=$4
 shift 4
 cd "$(dirname "$0")/.."
 
-uv venv -q --allow-existing --python "$python" "$venv"
+uv venv -q --seed --allow-existing --python "$python" "$venv"
 # shellcheck disable=SC2086
 uv pip install -q --python "$venv/bin/python" --resolution "$resolution" \
     -r pyproject.toml ${extras:+--extra ${extras//,/ --extra }}
