@@ -220,7 +220,7 @@ def load_adapter(model: Gemma, tokenizer: Tokenizer, folder: str | Path) -> dict
     if adapted(model) or model.embed_tokens.rows is not None:
         raise UserError(f"{folder}: the model has an adapter already; load the base anew")
     config_path, own_path = folder / "adapter_config.json", folder / "minilora.json"
-    with unchanged(folder):
+    with unchanged(folder, ADAPTER_FILES[:3]):  # which are what is read
         config = read_object(config_path)
         base = str(config.get("base_model_name_or_path") or "its base")
         own = {"dialect": "hermes", "tokens": {}, "mode": "append"}

@@ -132,22 +132,24 @@ def current(folder: Path) -> Path:
 
 
 @contextlib.contextmanager
-def unchanged(folder: Path) -> Iterator[None]:
-    """Refuses what was read in the block if `folder` was written to meanwhile: it may be of two
-    versions, or of numbers read where another file's header put them. Raises UserError.
+def unchanged(folder: Path, files: Sequence[str]) -> Iterator[None]:
+    """Refuses what was read in the block if one of `files` (names or patterns) in `folder` was
+    written meanwhile: it may be of two versions, or of numbers read where another file's header put
+    them. Raises UserError.
     """
-    before = _versions(folder)
+    before = _versions(folder, files)
     try:
         yield
     finally:
-        if _versions(folder) != before:
+        if _versions(folder, files) != before:
             raise UserError(f"{folder}: was written to while it was read; read it again") from None
 
 
-def _versions(folder: Path) -> dict[str, tuple]:
-    """Of each file in a folder what is another if the file is replaced."""
-    with contextlib.suppress(OSError), os.scandir(folder) as inside:
-        about = {entry.name: entry.stat() for entry in inside if entry.name[0] != "."}
+def _versions(folder: Path, files: Sequence[str]) -> dict[str, tuple]:
+    """Of each of some files in a folder what is another if it is replaced."""
+    with contextlib.suppress(OSError):
+        about = {path.name: path.stat() for path in folder.iterdir()
+                 if any(fnmatch.fnmatchcase(path.name, name) for name in files)}
         return {name: (stat.st_ino, stat.st_size, stat.st_mtime_ns)
                 for name, stat in about.items()}
     return {}  # it is being replaced

@@ -159,7 +159,7 @@ def load_model(source: str | Path, dtype: torch.dtype = torch.bfloat16,
     if dtype == torch.float16:
         check_dtype("float16")
     folder = locate(source, FILES)
-    with unchanged(folder):
+    with unchanged(folder, FILES):
         config = read_config(folder)
         with torch.device("meta"):
             model = Gemma(config)
