@@ -207,8 +207,10 @@ def main() -> None:
     flags = parser.parse_args()
     if "RANK" in os.environ:  # set by torchrun
         dist.init_process_group("gloo")
-    flags.out.mkdir(parents=True, exist_ok=True)
-    write_data(flags.out, flags.seed, flags.train, flags.held)
+    writes = not dist.is_initialized() or dist.get_rank() == 0
+    if writes:
+        flags.out.mkdir(parents=True, exist_ok=True)
+        write_data(flags.out, flags.seed, flags.train, flags.held)
     if flags.data_only:
         return
     torch.manual_seed(flags.seed)
@@ -226,7 +228,7 @@ def main() -> None:
     for number in range(len(rounds), len(flags.steps)):
         rounds.append(pretrain(model, vocabulary, number, flags.steps[number], flags.batch,
                                flags.length, flags.seed, flags.lr[number], flags.out))
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if writes:
             write_base(model, vocabulary, flags.out)
             (flags.out / "made.json").write_text(json.dumps(rounds, indent=2) + "\n")
 
