@@ -119,7 +119,14 @@ def _forward(model: Gemma, rows: int, length: int) -> torch.Tensor:
 
 
 def _kept_bytes(model: Gemma, rows: int, length: int, cheap: bool) -> float:
-    """Bytes that autograd keeps of the layer for one token, the parameters aside."""
+    """Bytes that autograd keeps of the layer for one token more, so without what it keeps of the
+    parameters, in whatever dtype.
+    """
+    less = _all_kept_bytes(model, rows, length // 2, cheap)
+    return (_all_kept_bytes(model, rows, length, cheap) - less) / (rows * (length - length // 2))
+
+
+def _all_kept_bytes(model: Gemma, rows: int, length: int, cheap: bool) -> int:
     kept: dict[int, torch.Tensor] = {}  # by where their memory is
 
     def keep(tensor: torch.Tensor) -> object:
@@ -130,10 +137,7 @@ def _kept_bytes(model: Gemma, rows: int, length: int, cheap: bool) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, unpack):
         _forward(model, rows, length)
-    for parameter in model.parameters():
-        kept.pop(parameter.untyped_storage().data_ptr(), None)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (
-        rows * length)
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
 def _seconds_per_token(model: Gemma, rows: int, length: int, config: TrainConfig) -> float:

@@ -8,6 +8,7 @@ deletes; of two that live, a lock keeps the second out of a folder. Nothing is p
 """
 
 import contextlib
+import fcntl
 import fnmatch
 import json
 import math
@@ -26,11 +27,6 @@ from torch import Tensor
 
 from minilora.config import UserError, check_file, read_json
 from minilora.jsontext import load_json
-
-if os.name == "nt":
-    import msvcrt
-else:
-    import fcntl
 
 FORMAT = 2  # of minilora.json and state.json
 BLOCK = 2**22  # bytes read, merged or written at a time: few enough to stay in the cache
@@ -56,13 +52,27 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             for other in path.parent.iterdir():  # also those of processes that were killed
-                if _is_aside(other.name, path.name):
+                if (writer := _aside_of(other.name, path.name)) and not _runs(writer):
                     other.unlink()
 
 
-def _is_aside(name: str, of: str) -> bool:
-    """Whether a file's name is that under which `replacing` writes `of`, in whichever process."""
-    return re.fullmatch(rf"\.{re.escape(of)}\.\d+", name) is not None
+def _aside_of(name: str, of: str) -> int | None:
+    """The number of the process if `name` is the one under which `replacing` there writes `of`."""
+    found = re.fullmatch(rf"\.{re.escape(of)}\.(\d+)", name)
+    return int(found[1]) if found else None
+
+
+def _runs(process: int) -> bool:
+    """Whether a process other than this one runs under that number here."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)  # sends nothing
+    except PermissionError:  # somebody else's
+        return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    return True
 
 
 def _refusal(path: Path, error: Exception) -> UserError:
@@ -116,7 +126,7 @@ def check_replaceable(folder: Path, files: Sequence[str]) -> None:
     """Refuses a folder that holds something else than `files` (names or patterns)."""
     for path in sorted(folder.iterdir()) if folder.exists() else []:
         if not any(fnmatch.fnmatchcase(path.name, name) or path.name == f".{name}.lock"
-                   or _is_aside(path.name, name) for name in files):
+                   or _aside_of(path.name, name) for name in files):
             raise UserError(f"{folder}: holds {path.name}, which would be lost; choose another "
                             "folder, or move it away")
 
@@ -185,9 +195,8 @@ def alone(lock: Path, folder: Path) -> Iterator[None]:
         yield
     finally:
         try:
-            lock.unlink()
-        except OSError:  # Windows deletes no open file
-            pass
+            with contextlib.suppress(OSError):
+                lock.unlink()
         finally:
             os.close(handle)
 
@@ -195,15 +204,8 @@ def alone(lock: Path, folder: Path) -> Iterator[None]:
 def _lock(handle: int) -> bool:
     """Locks an open file unless another process has: whether none has."""
     try:
-        if os.name == "nt":
-            os.lseek(handle, 2**20, os.SEEK_SET)  # what is locked cannot be read: not the text
-            try:
-                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-            finally:
-                os.lseek(handle, 0, os.SEEK_SET)
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
         return False
     except OSError:  # the file system has no locks
         pass
@@ -220,8 +222,6 @@ def make_folder(folder: Path) -> None:
 
 def _sync(path: Path) -> None:
     """Waits until a file, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name == "nt":  # Windows opens no folder
-        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)

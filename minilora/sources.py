@@ -19,7 +19,6 @@ import glob
 import gzip
 import itertools
 import json
-import math
 import os
 import re
 import zlib
@@ -36,6 +35,7 @@ SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 ROW = 2**20    # bytes of the longest row that is read: about a quarter of a million tokens
 BLOCK = 2**17  # bytes of an array that are read at a time; its white space may be as long
 FAR = 64       # times ROW: how far the end of a line is looked for that is too long to be read
+WEIGHTS = 0.001, 1000  # of a file, beside 0: epochs that are neither empty nor endless
 _ABOUT = ("dataset_infos.json", "dataset_info.json", "state.json")  # beside data, not data
 
 
@@ -64,9 +64,9 @@ def split_data(data: str) -> list[tuple[str, float]]:
                 weight = float(found[2])
             except ValueError:
                 weight = -1
-            if not 0 <= weight < math.inf:
-                raise UserError(f"{text}: the weight after @ is {found[2]!r}; expected a number "
-                                "of at least 0, such as 0.5 or 2")
+            if weight and not WEIGHTS[0] <= weight <= WEIGHTS[1]:
+                raise UserError(f"{text}: the weight after @ is {found[2]!r}; expected 0, or a "
+                                "number from {} to {}, such as 0.5 or 2".format(*WEIGHTS))
         parts.append((name, weight))
     return parts
 

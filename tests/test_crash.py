@@ -318,7 +318,7 @@ def failing(at: int, lasting: bool, error: BaseException) -> Iterator[list[str]]
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "getpid", lambda: at + 2)  # a process of its own
+        patch.setattr(os, "getpid", lambda: at + 10**8)  # a process of its own, soon dead
         for name in ("open", "mkdir", "unlink", "rmdir", "chmod", "rename", "replace"):
             patch.setattr(os, name, wrap(name, getattr(os, name), error))
         patch.setattr(os, "fsync", wrap("fsync", lambda handle: None, error))

@@ -70,8 +70,8 @@ def test_weights(here):
     assert said("odd@2") == [("odd", 1.0)] and said("odd@2@4") == [("odd", 4.0)]
     assert said(["a.jsonl@2", here / "b.json"]) == [("a1", 2.0), ("a2", 2.0), ("b1", 1.0)]
     assert split_data("x/y:test@0.25, z") == [("x/y:test", 0.25), ("z", 1.0)]
-    for bad in ("a.jsonl@-1", "a.jsonl@1e999", "a.jsonl@1.2.3"):
-        with pytest.raises(UserError, match="weight after @ is .*; expected a number"):
+    for bad in ("a.jsonl@-1", "a.jsonl@1e999", "a.jsonl@1.2.3", "a.jsonl@1e-9", "a.jsonl@1001"):
+        with pytest.raises(UserError, match="weight after @ is .*; expected 0, or a number"):
             find_files(bad)
 
 

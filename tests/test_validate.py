@@ -11,6 +11,7 @@ from hypothesis import given
 from test_cli import call, one_line, rows, write_rows  # noqa: F401
 from test_readers import FLAT, HELLO, REPLY, USER, chat, conversations, scraps, tagged, tags, turns
 
+from minilora import estimate
 from minilora.cache import load_examples
 from minilora.check import check_data, histogram
 from minilora.config import LoraConfig, TrainConfig
@@ -251,6 +252,16 @@ def test_the_estimate_against_a_real_model(settings):
         assert 0.8 < real / estimate < 1.2
     else:  # beside what is kept, one layer at a time has the rest
         assert real < estimate < needs.activation_bytes
+
+
+def test_what_a_token_keeps_is_the_same_in_a_short_trial():
+    """Whatever is kept once, as A and B are in the base's dtype, counts for no token. (The mask,
+    which grows with the square of the length, is a tenth here at most.)
+    """
+    shape, device = read_config(NANO), torch.device("cpu")
+    layer = estimate._one_layer(shape, LoraConfig(rank=64), device, torch.bfloat16)
+    short, long = (estimate._kept_bytes(layer, 1, length, False) for length in (64, 512))
+    assert abs(short / long - 1) < 0.1
 
 
 def test_no_config_no_estimate(call, tmp_path):  # noqa: F811
