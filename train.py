@@ -39,7 +39,7 @@ from minilora.config import (
     read_settings,
 )
 from minilora.data import batches, column, count_tokens
-from minilora.estimate import advise_on_memory, host_peak
+from minilora.estimate import advise_on_memory, peak_bytes
 from minilora.evaluate import Report, evaluate
 from minilora.files import alone, write_file, write_json
 from minilora.hub import add_push_flags, check_push, model_card, push
@@ -298,7 +298,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--config", metavar="FILE", help="settings from a file, such as the "
                         "config.json of a run folder; flags come before them")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder, with "
-                        "its settings, data and base, which are checked; of the flags only these "
+                        "its settings, data and base, which are checked; of settings only these "
                         "may come with it: " + ", ".join(
                             f"--{name.replace('_', '-')}" for name in sorted(FREE - {"out"})))
     add_push_flags(parser, "the adapter")
@@ -386,13 +386,6 @@ def leave_on_interrupt() -> threading.Event:
 
     signal.signal(signal.SIGINT, handle)
     return stop
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory held so far, on the GPU or, without one, by this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return host_peak()
 
 
 if __name__ == "__main__":

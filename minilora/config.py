@@ -44,12 +44,21 @@ def builtin(source: str | Path) -> Path:
     return path
 
 
+def lies_in(file: Path, folder: Path) -> bool:
+    """Whether a file itself, where links to it lead, is in a folder or below it.
+
+    The hub's cache, whose snapshots/ID/ hold links to blobs/, is one folder.
+    """
+    file, home = (Path(os.path.realpath(each)) for each in (file, folder))
+    blobs = (above.parent / "blobs" for above in home.parents if above.name == "snapshots")
+    return any(map(file.is_relative_to, [home, *blobs]))
+
+
 def check_file(path: str | Path, linked: bool = False) -> None:
     """Refuses what is no plain file, such as a pipe, which could be read for ever; and a link out
     of its folder, by which a folder that somebody else made could name any file of the machine.
 
-    The hub's cache, whose snapshots/ID/ hold links to blobs/, is one folder. `linked`: the user
-    named this very file, which may be a link to anywhere. Raises UserError.
+    `linked`: the user named this very file, which may be a link to anywhere. Raises UserError.
     """
     try:
         plain = stat.S_ISREG(os.stat(path).st_mode)
@@ -59,11 +68,9 @@ def check_file(path: str | Path, linked: bool = False) -> None:
         raise UserError(f"{path}: cannot be read ({error})") from None
     if not plain:
         raise UserError(f"{path}: cannot be read: it is no plain file; put the file itself there")
-    file, home = (Path(os.path.realpath(each)) for each in (path, Path(path).parent))
-    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
-    if not linked and not file.is_relative_to(home) and file.parent != blobs:
-        raise UserError(f"{path}: is a link that leaves the folder, to {file}; put the file itself "
-                        "there")
+    if not linked and not lies_in(Path(path), Path(path).parent):
+        raise UserError(f"{path}: is a link that leaves the folder, to {os.path.realpath(path)}; "
+                        "put the file itself there")
 
 
 def read_file(path: str | Path, linked: bool = False) -> bytes:

@@ -12,7 +12,6 @@ import hashlib
 import heapq
 import itertools
 import json
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -228,21 +227,17 @@ def make_examples(conversations: Iterable[Conversation], tokenizer: Tokenizer,
 def count_tokens(examples: Sequence[Example]) -> dict:
     """Numbers on examples, for a person to read or for JSON.
 
-    Tokens and trained tokens in all and by kind; lengths in tokens; how many conversations they are
-    of, how many of those were split to fit, and how many were cut, with the trained tokens lost.
+    Tokens and trained tokens in all and by kind; how many conversations they are of, how many of
+    those were split to fit, and how many were cut, with the trained tokens lost.
     """
     counts = column(examples, "counts").reshape(-1, 2, len(Kind)).sum(0).tolist()
     parts, cut = column(examples, "part"), column(examples, "cut")
-    lengths = np.sort(column(examples, "length")) if len(examples) else np.zeros(1)
     return {
         "used": int((parts == 0).sum()),
         "tokens": sum(counts[0]),
         "trained": sum(counts[1]),
         "kinds": {kind.name.lower(): {"tokens": counts[0][kind], "trained": counts[1][kind]}
                   for kind in Kind},
-        "length": {"min": int(lengths[0]), "median": int(np.median(lengths)),
-                   "p95": int(lengths[math.ceil(0.95 * len(lengths)) - 1]),
-                   "max": int(lengths[-1])},
         "split": int((parts == 1).sum()),
         "cut": int((cut > 0).sum()),
         "cut_trained": int(cut.sum()),

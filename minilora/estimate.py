@@ -166,6 +166,11 @@ def host_peak() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_bytes(device: torch.device) -> int:
+    """The most memory held so far, on the GPU or, without one, by this process."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else host_peak()
+
+
 # --- when there was not enough --------------------------------------------------------------------
 
 _UNITS = {"bytes": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}  # as PyTorch names them
@@ -178,11 +183,9 @@ def advise_on_memory(reason: str, lora: LoraConfig, config: TrainConfig, resumed
     `reason`: the error's text. A resumed run may change only what leaves its steps as they are.
     """
     device, dtype = placement(config.device, config.dtype)
-    if device.type == "cuda":
-        held = torch.cuda.max_memory_allocated(device)
-        whole = torch.cuda.get_device_properties(device).total_memory
-    else:
-        held, whole = host_peak(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    held = peak_bytes(device)
+    whole = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+             os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     asked = re.search(r"ried to allocate ([\d.]+) (bytes|[KMG]iB)", reason)
     more = f", and asked for {count(float(asked[1]) * _UNITS[asked[2]])}B more" if asked else ""
     shape = read_config(locate(config.model, ["config.json"]))

@@ -55,10 +55,10 @@ class LoRALinear(nn.Module):
     names stay what they are. "lora_" in a parameter's name is the whole rule for what is trained.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
+    def __init__(self, wrapped: nn.Linear, rank: int, alpha: float, dropout: float = 0.0,
                  rslora: bool = False, dora: bool = False, init: str = "kaiming") -> None:
         super().__init__()
-        self.weight = linear.weight.requires_grad_(False)  # [out, in]
+        self.weight = wrapped.weight.requires_grad_(False)  # [out, in]
         self.rank, self.alpha, self.dropout, self.rslora = rank, alpha, dropout, rslora
         out_features, in_features = self.weight.shape
         # a = √5 gives U(-1/√in, 1/√in), nn.Linear's own start: what the paper's code and peft use.
@@ -252,7 +252,8 @@ def attach(model: nn.Module, config: LoraConfig, seed: int = 0) -> list[str]:
     ranks = _by_pattern(wrapped, config.rank_pattern, "rank_pattern", config.rank)
     alphas = _by_pattern(wrapped, config.alpha_pattern, "alpha_pattern", config.alpha)
     model.requires_grad_(False)
-    with torch.random.fork_rng(devices=[]):
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         for name in wrapped:
             parent, _, child = name.rpartition(".")
@@ -304,7 +305,7 @@ def adapted(model: nn.Module) -> dict[str, LoRALinear]:
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """What training changes, by name: the A and B of every adapter and the rows of new tokens."""
+    """What training changes, by name: each adapter's A and B (and m), the rows of new tokens."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 

@@ -45,7 +45,7 @@ def token_loss(model: Gemma, hidden: Tensor, labels: Tensor, chunk: int = CHUNK,
     at = trained.flatten().nonzero()[:, 0]                          # [M]
     table = model.embed_tokens
     total = _ChunkedCrossEntropy.apply(
-        hidden.flatten(0, 1)[at], table.weight, table.rows, labels.flatten()[at + 1], table,
+        hidden.flatten(0, 1)[at], table.rows, labels.flatten()[at + 1], table,
         model.config.final_logit_softcapping, chunk, torch.is_grad_enabled(),
         model.compiled and hidden.is_cuda)
     return total, len(at)
@@ -55,9 +55,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """The sum of the rows' losses; gradients of hidden and of the new rows, not of the table."""
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, rows: Tensor | None, targets: Tensor,
-                table: TokenEmbedding, softcap: float | None, chunk: int, wanted: bool,
-                fuse: bool) -> Tensor:
+    def forward(ctx, hidden: Tensor, rows: Tensor | None, targets: Tensor, table: TokenEmbedding,
+                softcap: float | None, chunk: int, wanted: bool, fuse: bool) -> Tensor:
         """hidden [M, D], targets [M] → scalar."""
         sums, gradient = map(compiled, (_sums, _gradient)) if fuse else (_sums, _gradient)
         wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -94,7 +93,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         """The gradients made in forward, times what comes from above (one number)."""
         d_hidden, d_rows = ctx.saved_tensors
-        return (d_hidden * grad.to(d_hidden.dtype), None,
+        return (d_hidden * grad.to(d_hidden.dtype),
                 None if d_rows is None else d_rows * grad.to(d_rows.dtype),
                 None, None, None, None, None, None)
 

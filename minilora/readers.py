@@ -107,11 +107,10 @@ def iterate_conversations(data: Data, on_problem: Callable[[str], None] = refuse
                           on_notice: Callable[[str], None] = warn) -> Iterator[Conversation]:
     """The conversations of DATA (see minilora.sources), in order; each knows its source.
 
-    JSON Lines are read line by line, so a file may be larger than the memory; an array is read
-    whole. A row that cannot be read goes to `on_problem` as one line, "FILE:LINE (row N): what is
-    wrong at which field; expected …", and is left out where `on_problem` returns; by default it
-    raises UserError. `on_notice` hears, after each file, of what is unusual but usable. What is no
-    file always raises.
+    Files are read row by row, so one may be larger than the memory. A row that cannot be read goes
+    to `on_problem` as one line, "FILE:LINE (row N): what is wrong at which field; expected …", and
+    is left out where `on_problem` returns; by default it raises UserError. `on_notice` hears, after
+    each file, of what is unusual but usable. What is no file always raises.
     """
     for _, rows in itertools.groupby(iterate_rows(data), lambda row: row.file):
         unusual: dict[str, list] = {}  # what -> the first row it is true of, and of how many

@@ -4,7 +4,7 @@ What is not kept backward makes again: memory for time, in four steps.
 
     none      everything is kept that backward needs
     cheap     what takes a few operations a number is made again: the norms, GELU, GELU · up. No
-              matrix product is, so a few percent of time buy about a quarter of the memory
+              matrix product is, so a few percent of time buy about a third of the memory
     all       a layer keeps its input and runs once more in backward: a third more time
     offload   the same, and the input waits in the host's memory: for the longest rows
 

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from minilora.config import UserError, builtin
+from minilora.config import UserError, builtin, lies_in
 from minilora.jsontext import decode_json, load_json, skip_space
 from minilora.weights import snapshot
 
@@ -151,13 +151,9 @@ def _checked(path: Path, name: str, start: Path | None = None) -> Path:
         raise UserError(f"{name}: " + (
             "not a file but a pipe or a device; write what it gives to a file" if path.exists() else
             "a link to a file that is not there" if path.is_symlink() else "no such file"))
-    if start:
-        home, real = start.resolve(), path.resolve()
-        # The hub's cache holds links in snapshots/ID/ to the files themselves in blobs/.
-        blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
-        if not any(map(real.is_relative_to, [home, *blobs])):
-            raise UserError(f"{name}: a link that leads out of {start}, to {real}; name that file "
-                            "itself if it is meant")
+    if start and not lies_in(path, start):
+        raise UserError(f"{name}: a link that leads out of {start}, to {path.resolve()}; name that "
+                        "file itself if it is meant")
     return path
 
 

@@ -22,8 +22,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from minilora.config import UserError, read_file, read_json
-from minilora.files import write_file
+from minilora.config import UserError, read_file
+from minilora.files import read_object, write_file
 from minilora.weights import locate
 
 FILES = ("tokenizer.model", "tokenizer_config.json", "tokenizer.json", "chat_template.jinja")
@@ -382,10 +382,7 @@ def _is_tag(piece: str) -> bool:
 
 def _read_object(path: Path) -> dict:
     """The JSON object in a file; an empty one where there is no file."""
-    raw = read_json(path) if path.exists() else {}
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return raw
+    return read_object(path) if path.exists() else {}
 
 
 def _added_token(token: str, special: bool) -> dict:

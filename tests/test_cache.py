@@ -118,7 +118,7 @@ def test_a_run_is_the_same_from_disk(data, tokenizer):
         assert sum(len(part) for pair in both for part in pair) == len(found)
 
 
-def test_what_decides_is_in_the_key(data, tokenizer, tmp_path, monkeypatch):
+def test_what_decides_is_in_the_key(data, tokenizer, tmp_path):
     def load(data=data, tokenizer=tokenizer, **settings) -> int:
         load_examples(data, tokenizer, on_notice=lambda notice: None, **{"length": 400, **settings})
         return len(entries(tmp_path))

@@ -401,7 +401,7 @@ def test_a_page_of_a_character_that_looks_unfinished(place, tokenizer, tried):
 
 # --- what is named and what is there --------------------------------------------------------------
 
-def test_what_lies_in_a_folder(place, tokenizer, cases, tried):
+def test_what_lies_in_a_folder(place, cases, tried):
     """Pipes, devices, links that lead out, or to nothing, or round in a circle."""
     def case(random, folder):
         data = folder / "in" / "data"
