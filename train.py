@@ -58,7 +58,7 @@ from minilora.report import (
     table,
     visible,
 )
-from minilora.sources import split_data
+from minilora.sources import split_data, would_read
 from minilora.state import FREE, latest_state, load_state, made_from, save_state
 from minilora.tokenizer import Tokenizer
 from minilora.trainer import (
@@ -86,6 +86,11 @@ def main() -> None:
     flags = parse()
     lora, config, out = settings(flags)
     check_push(flags, config.model)
+    for data in filter(None, () if flags.resume or not out else (config.data, config.eval_data)):
+        if any(would_read(data, out / name) for name in ("metrics.jsonl", "config.json")):
+            raise UserError(f"--out {out}: what the run writes there would be read as data, which "
+                            f"is {data}; name another folder")
+    made = out is None or not out.exists()
     out = out or new_folder(config.data)
     try:
         with alone(out / ".lock", out):
@@ -99,7 +104,8 @@ def main() -> None:
         reason = str(error)  # the error itself goes, and with it what its frames hold in memory
     finally:
         with contextlib.suppress(OSError):
-            out.rmdir()  # nothing is in it, so nothing has come of the run
+            if made:
+                out.rmdir()  # nothing is in it, so nothing has come of the run
     raise UserError(advise_on_memory(reason, lora, config, resumed=bool(flags.resume)))
 
 
@@ -237,11 +243,11 @@ def train(flags: argparse.Namespace, lora: LoraConfig, config: TrainConfig, out:
                 break
     seconds = time.perf_counter() - began
     signal.signal(signal.SIGINT, signal.default_int_handler)  # no step is left to finish
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     # --- what is left behind
     save_adapter(model, tokenizer, out / "adapter", config.model, config.dialect)
-    if not draw_curve(metrics, out / "curve.png"):
-        say("note: curve.png is not drawn: matplotlib is missing (pip install matplotlib)")
+    draw_curve(metrics, out / "curve.png")
     if state["step"] < steps:
         say(f"stopped after step {state['step']} of {steps}; go on with: "
             f"python train.py --resume {out}" + (f" --push {flags.push}" if flags.push else "")
@@ -375,7 +381,9 @@ def too_many_left_out(state: dict, saved: Path, out: Path) -> str:
 
 
 def leave_on_interrupt() -> threading.Event:
-    """Set by the first Ctrl-C: finish the step, save, leave. The second leaves at once."""
+    """Set by the first Ctrl-C, or by SIGTERM, with which systems end their jobs: finish the step,
+    save, leave. The second leaves at once.
+    """
     stop = threading.Event()
 
     def handle(number: int, frame: object) -> None:
@@ -384,7 +392,8 @@ def leave_on_interrupt() -> threading.Event:
         stop.set()
         say("stopping after this step (Ctrl-C again: at once)")
 
-    signal.signal(signal.SIGINT, handle)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handle)
     return stop
 
 

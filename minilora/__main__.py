@@ -17,6 +17,7 @@ import argparse
 import bisect
 import itertools
 import json
+import re
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -45,7 +46,7 @@ from minilora.data import Example, make_examples
 from minilora.dialects import DIALECTS
 from minilora.estimate import expect
 from minilora.evaluate import BATCH_TOKENS, Report, Share, changes, evaluate
-from minilora.files import write_file
+from minilora.files import check_new, write_file
 from minilora.hub import add_push_flags, check_push, model_card, push
 from minilora.lora import adapted
 from minilora.model import Gemma
@@ -263,11 +264,12 @@ def show(flags: argparse.Namespace) -> None:
 
 def choose_rows(data: str, chosen: str) -> list[Row]:
     """The rows that --row names: 3, 1-20 (or as many as there are) or all. Reads no others."""
-    first, dash, last = ("1", "-", str(sys.maxsize)) if chosen == "all" else chosen.partition("-")
+    first, dash, last = ("1", "-", "9" * 18) if chosen == "all" else chosen.partition("-")
     last = last if dash else first
-    if not (first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last)):
-        raise UserError(f"--row is {chosen}; give one row (3), some (1-20) or all")
-    rows = list(itertools.islice(iterate_rows(data), int(first) - 1, min(int(last), sys.maxsize)))
+    if not (all(re.fullmatch(r"\d{1,18}", text, re.ASCII) for text in (first, last))
+            and 1 <= int(first) <= int(last)):
+        raise UserError(f"--row is {chosen[:80]}; give one row (3), some (1-20) or all")
+    rows = list(itertools.islice(iterate_rows(data), int(first) - 1, int(last)))
     if not rows:
         raise UserError(f"--row is {chosen}; {data} has fewer rows")
     return rows
@@ -277,6 +279,10 @@ def measure_calls(flags: argparse.Namespace) -> None:
     """Prints tool-call accuracy by category; with --before, the base's beside it."""
     if flags.before and not flags.adapter:
         raise UserError("--before needs --adapter: it is the base without that adapter")
+    if flags.batch_tokens < 1:
+        raise UserError(f"--batch-tokens is {flags.batch_tokens}; expected at least 1")
+    if flags.cases:
+        check_new(flags.cases, "--cases")
     config = from_flags(TrainConfig, flags)
     questions = read_questions(config.data, flags.answers, flags.turns == "all")
     model, tokenizer, dialect, base = load(flags)

@@ -18,6 +18,8 @@ from typing import NoReturn
 from minilora.jsontext import MAX_DEPTH, STRICT, TOO_DEEP, check_value
 
 MOST_BYTES = 2**26  # of a file that is read at once; Gemma 3's tokenizer.json has 2**25
+MOST_AT_ONCE = 2**16  # rows of a batch, batches of a step, or a rank: more than a machine can hold
+MOST_LENGTH = 2**24   # tokens of a row, likewise
 NANO = Path(__file__).parent / "nano"  # the built-in base; `nano` wherever a model is asked for
 
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -326,19 +328,20 @@ class LoraConfig:
     layers: tuple[str, ...] = setting((), "layers to adapt: 8-15,20 (default: all)")
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank is {self.rank}; LoRA needs at least 1 (try --rank 16)")
+        if not 1 <= self.rank <= MOST_AT_ONCE:
+            raise UserError(f"rank is {self.rank}; expected 1 to {MOST_AT_ONCE} (try --rank 16)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; expected at least 0 and less than 1")
         if not math.isfinite(self.alpha) or self.alpha <= 0:
             raise UserError(f"alpha is {self.alpha}; expected a positive number (try --alpha 32)")
         if not self.targets:
             raise UserError(f"targets is empty; name some of {', '.join(LINEARS)}")
-        for key, kind in (("rank_pattern", int), ("alpha_pattern", float)):
+        for key, kind, most in (("rank_pattern", int, MOST_AT_ONCE),
+                                ("alpha_pattern", float, 1e30)):
             for text in getattr(self, key):
                 pattern, _, value = text.rpartition("=")
                 try:
-                    good = pattern and 0 < kind(value) < math.inf
+                    good = pattern and 0 < kind(value) <= most
                 except ValueError:
                     good = False
                 if not good:
@@ -397,17 +400,16 @@ class TrainConfig:
     merge: bool = setting(False, "also write the merged model, in the hub's layout")
 
     def __post_init__(self) -> None:
-        def at_least(low: float, *names: str) -> None:
+        def within(low: int, high: int, *names: str) -> None:
             for name in names:
                 value = getattr(self, name)
-                if not low <= value < 2**63:
-                    raise UserError(f"{name} is {value}; expected at least {low}, and a number "
-                                    "that fits in 64 bits")
+                if not low <= value <= high:
+                    raise UserError(f"{name} is {value}; expected {low} to {high}")
 
         check_dtype(self.dtype)
-        at_least(1, "batch", "accumulate")
-        at_least(8, "length")
-        at_least(0, "steps", "epochs", "lr", "lr_ratio", "warmup", "weight_decay", "clip",
+        within(1, MOST_AT_ONCE, "batch", "accumulate")
+        within(8, MOST_LENGTH, "length")
+        within(0, 2**63 - 1, "steps", "epochs", "lr", "lr_ratio", "warmup", "weight_decay", "clip",
                  "eval_every", "eval_share", "eval_calls", "save_every", "seed")
         for name in ("warmup", "eval_share"):
             if getattr(self, name) >= 1:

@@ -79,6 +79,12 @@ def _refusal(path: Path, error: Exception) -> UserError:
     return UserError(f"{path}: cannot be written ({error}); free the disk or choose another folder")
 
 
+def check_new(path: Path | str, flag: str) -> None:
+    """Refuses a file that would be written over: the data that it is to be made from, say."""
+    if Path(path).exists():
+        raise UserError(f"{flag} {path}: is there already; choose another name")
+
+
 def write_file(path: Path, data: bytes) -> None:
     """Writes a whole file or nothing (see `replacing`)."""
     with replacing(path) as aside:
@@ -93,6 +99,8 @@ def replacing_folder(folder: Path, files: Sequence[str]) -> Iterator[Path]:
     and where `folder` holds something else than `files` (names or patterns), which would be lost.
     """
     folder = Path(folder).resolve()
+    if not folder.name:
+        raise UserError(f"{folder}: is the root of the file system; choose another folder")
     new, old, lock = (folder.with_name(f".{folder.name}.{what}") for what in ("new", "old", "lock"))
     with alone(lock, folder):
         try:

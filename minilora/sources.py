@@ -15,6 +15,7 @@ holds is read where it lies inside: a link there that leads out of it has to be 
 """
 
 import codecs
+import fnmatch
 import glob
 import gzip
 import itertools
@@ -176,6 +177,21 @@ def _hub(name: str, part: str, weight: float) -> list[DataFile]:
     return [DataFile(path, f"{name}:{path.relative_to(folder)}", weight) for path in found]
 
 
+def would_read(data: str, path: Path) -> bool:
+    """Whether DATA, by a folder or a pattern, means a file of that path if it is there."""
+    path = Path(os.path.abspath(path))
+    for name, _ in split_data(data):
+        whole = os.path.abspath(builtin(name))
+        if os.path.isdir(whole):
+            if path.parent == Path(whole).resolve() or path.parent == Path(whole):
+                return True
+        elif glob.has_magic(name) and not os.path.exists(whole) and (
+                fnmatch.fnmatch(str(path), whole.replace("**/", "*")) if "**" in name else
+                path.match(whole)):
+            return True
+    return False
+
+
 # --- a file -> rows -------------------------------------------------------------------------------
 
 class RawRow(NamedTuple):
@@ -210,8 +226,9 @@ def read_rows(file: DataFile) -> Iterator[RawRow]:
 
 def _text_rows(data: BinaryIO, name: str) -> Iterator[RawRow]:
     """The rows of a text: of one array if it begins with [, or else one a line."""
-    if data.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-        raise UserError(f"{name}: cannot be read: it is UTF-16; expected UTF-8: convert it")
+    if data.peek(2)[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):  # UTF-32's begins with one
+        raise UserError(f"{name}: cannot be read: it is UTF-16 or UTF-32; expected UTF-8: convert "
+                        "it")
     if data.peek(3)[:3] == codecs.BOM_UTF8:
         data.read(3)
     lines = _lines(data)

@@ -5,6 +5,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 import shutil
@@ -62,6 +63,7 @@ def save_state(folder: str | Path, step: int, model: Gemma, optimizer: torch.opt
         write_tensors(new / "state.safetensors", tensors)
         write_json(new / "state.json", {
             "format": FORMAT, "step": step, "fingerprint": fingerprint(model), "groups": groups,
+            "sha256": _sha256(new / "state.safetensors"),
             "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
             "progress": progress})
     states = _states(folder)
@@ -147,7 +149,8 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
         raise UserError(f"{folder}: no checkpoint to go on from; start without --resume")
     weights, path = path / "state.safetensors", path / "state.json"
     hint = f"delete {path.parent} to go on from the one before"
-    state = read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict, step=int)
+    state = read_own(path, fingerprint=dict, groups=list, shapes=dict, progress=dict, step=int,
+                     sha256=str)
     progress, start = state["progress"], start or {}
     try:
         if start:
@@ -179,6 +182,8 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
             not all(map(_is_sound, state["groups"]))):
         raise UserError(f"{path}: does not go with itself; {hint}")
     tensors = read_tensors(weights, shapes, hint, {"rng.": "U8"})
+    if _sha256(weights) != state["sha256"]:
+        raise UserError(f"{weights}: has other bytes than were written there; {hint}")
     try:
         torch.set_rng_state(tensors["rng.cpu"])
         for i in range(torch.cuda.device_count()):
@@ -203,6 +208,11 @@ def load_state(folder: str | Path, model: Gemma, optimizer: torch.optim.Optimize
         for name, start in _starts(model).items():
             start.copy_(tensors[f"start.{name}"])
     return state["progress"]
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _is_sound(group: dict) -> bool:

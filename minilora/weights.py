@@ -182,6 +182,8 @@ def placement(device: str = "auto", dtype: str = "auto") -> tuple[torch.device, 
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         place = torch.empty(0, device=device).device
+        if place.type == "meta":
+            raise RuntimeError("it holds no numbers")
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"device {device!r} cannot be used ({reason}); try --device cpu") from None

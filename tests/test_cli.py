@@ -297,8 +297,8 @@ def test_help_of_every_command(call):
 # --- stopping and going on ------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def interrupted_at(step: int, monkeypatch):
-    """Sends this process Ctrl-C in the middle of a step of train.py."""
+def interrupted_at(step: int, monkeypatch, number: int = signal.SIGINT):
+    """Sends this process Ctrl-C, or another signal, in the middle of a step of train.py."""
     import minilora.trainer as trainer
 
     real, seen = trainer.train_step, []
@@ -306,7 +306,7 @@ def interrupted_at(step: int, monkeypatch):
     def counted(*arguments):
         seen.append(1)
         if len(seen) == step:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
         return real(*arguments)
 
     with monkeypatch.context() as patch:
@@ -452,7 +452,7 @@ def test_no_traceback_from_a_real_process(tmp_path):
                           capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
-        "error: rank is 0; LoRA needs at least 1 (try --rank 16)"]
+        "error: rank is 0; expected 1 to 65536 (try --rank 16)"]
     assert not done.stdout
 
 

@@ -7,6 +7,7 @@ cases are run, and what they may not do, is in hostile.py.
 import ast
 import copy
 import dataclasses
+import hashlib
 import json
 import os
 import pickle
@@ -633,7 +634,8 @@ def test_checkpoints(base, place, cases, tried):
         "files": [{"name": "a.jsonl", "rows": 2, "content": "b", "order": "c", "tokens": "d"}]}}
     written = save_state(base.parent / "checkpoints", 3, model, optimizer,
                          start | {"step": 3, "tokens": 54, "seconds": 0.5, "best": 0.1})
-    state = json.loads((written / "state.json").read_text())
+    state, whole = (json.loads((written / "state.json").read_text()),
+                    (written / "state.safetensors").read_bytes())
     header, data = stored(safetensors.torch.load_file(written / "state.safetensors"))
 
     def snapshot():
@@ -667,6 +669,7 @@ def test_checkpoints(base, place, cases, tried):
         tensors = safetensors.torch.load_file(there / "state.safetensors")
         for name, parameter in trainable(model).items():
             assert same(parameter.detach(), tensors[f"model.{name}"])
+        assert (there / "state.safetensors").read_bytes() == whole
         optimizer.step()  # what was put in place can be gone on with
         return done
 
@@ -686,6 +689,7 @@ def test_a_checkpoint_without_random_numbers_changes_nothing(base, tmp_path, ran
     if random_state is not None:
         tensors["rng.cpu"], state["shapes"]["rng.cpu"] = random_state, [5056]
     safetensors.torch.save_file(tensors, path / "state.safetensors")
+    state["sha256"] = hashlib.sha256((path / "state.safetensors").read_bytes()).hexdigest()
     (path / "state.json").write_text(json.dumps(state))
     next(iter(trainable(model).values())).data.fill_(7.0)
     before = torch.get_rng_state()

@@ -347,6 +347,45 @@ def test_a_checkpoint_that_does_not_go_with_itself_is_refused(stopped, wrong):
         one_line(status, error.strip().splitlines()[-1], "state.json", "does not go with itself")
 
 
+def test_a_checkpoint_with_another_bit_is_refused(stopped):
+    path = latest_state("run/checkpoints") / "state.safetensors"
+    whole = path.read_bytes()
+    for at in (len(whole) - 5, len(whole) - 4001):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x40]) + whole[at + 1:])
+        status, error = stopped("--resume", "run", "--steps", "3")
+        one_line(status, error.strip().splitlines()[-1], "state.safetensors: has other bytes",
+                 "delete run/checkpoints/step-000002 to go on from the one before")
+    path.write_bytes(whole)
+    assert stopped("--resume", "run", "--steps", "3")[0] == 0
+
+
+def test_a_run_is_not_written_among_its_data(here):
+    Path("data").mkdir()
+    shutil.copy("a.jsonl", "data")
+    for data, out in (("data", "data"), ("b.jsonl,data/**/*.jsonl", "data/run")):
+        status, error = here(*RECIPE, "--data", data, "--steps", "1", "--out", out)
+        one_line(status, error, f"--out {out}: what the run writes there would be read as data")
+    status, error = here(*RECIPE, "--eval-data", "data/*/*.json", "--out", "data/run")
+    one_line(status, error, "which is data/*/*.json")
+    assert [path.name for path in Path("data").iterdir()] == ["a.jsonl"]
+
+
+def test_a_folder_that_was_there_stays_there(here):
+    Path("mine").mkdir()
+    for out in ("mine", "new"):
+        one_line(*here(*RECIPE, "--data", "none.jsonl", "--out", out), "none.jsonl: no such file")
+    assert Path("mine").is_dir() and not Path("new").exists()
+
+
+def test_the_end_of_a_job_is_a_stop(here, monkeypatch):
+    """SIGTERM, as Slurm and Docker send it: the step is finished and saved."""
+    with interrupted_at(2, monkeypatch, signal.SIGTERM):
+        status, error = here(*RECIPE, "--steps", "4", "--out", "run")
+    assert status == 0 and "stopped after step 2 of 4" in error
+    assert latest_state("run/checkpoints").name == "step-000002"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
 # --- numbers that go wrong ------------------------------------------------------------------------
 
 def poison(base: str = "base") -> None:

@@ -1,5 +1,6 @@
 """sources.py: what DATA may name, files of every kind, the hub without a network."""
 
+import contextlib
 import gzip
 import json
 import re
@@ -12,7 +13,7 @@ from test_cli import program
 
 from minilora.config import NANO, UserError
 from minilora.readers import iterate_conversations, read_conversations
-from minilora.sources import DataFile, find_files, split_data
+from minilora.sources import DataFile, find_files, split_data, would_read
 
 
 def row(text: str) -> dict:
@@ -149,6 +150,22 @@ def test_a_hub_that_is_out_of_reach(here, hub):
                                         r"not be read \(no network\); go online, or") as caught:
         find_files("org/none")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("path", ["parts/new.jsonl", "new.jsonl", "parts/deep/new.jsonl",
+                                  "parts/deep/more/new.jsonl", "other/new.jsonl", "new.json"])
+def test_whether_a_file_would_be_read_is_known_before_it_is_there(here, path):
+    for data in ("a.jsonl", ".", "parts", "parts/@0.5", "*.jsonl", "parts/*.json*", "*/*.jsonl",
+                 "parts/**/*.jsonl", "**/*.json", "parts/**", "parts/deep,a.jsonl", "*/d*/*.json*",
+                 str(here / "parts"), str(here / "*/*.jsonl"), "parts/deep/..", "[p]arts/*.jsonl"):
+        expected = would_read(data, here / path)
+        assert would_read(data, path) == expected
+        write(here / path, "new")
+        with contextlib.suppress(UserError):  # of a pattern that even now has no file
+            found = []
+            found += (file.path.resolve() for file in find_files(data))
+        assert (here / path in found) == expected, (data, path)
+        (here / path).unlink()
 
 
 # --- parquet --------------------------------------------------------------------------------------
