@@ -14,6 +14,7 @@ does.
 
 import argparse
 import contextlib
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -40,7 +41,7 @@ from minilora.config import (
 )
 from minilora.constrain import Constraint, Vocabulary
 from minilora.dialects import DIALECTS
-from minilora.files import current, write_file
+from minilora.files import check_new, current, write_file
 from minilora.generate import Held, stream, stream_text
 from minilora.jsontext import dump_json
 from minilora.model import Gemma
@@ -67,9 +68,12 @@ PRINTED = 10_000  # characters of what tools print for one question
 def main(argv: list[str] | None = None) -> None:
     flags = parse(argv)
     config = from_flags(GenerateConfig, flags)
-    functions = load_tools(flags.tools) if flags.tools else {}
-    tools = tuple(tool_schema(function) for function in functions.values())
-    model, tokenizer, trained_on = load(flags)
+    aside, stdin, home = Aside(sys.stderr), sys.stdin, Path.cwd()
+    with apart(aside):
+        functions = load_tools(flags.tools) if flags.tools else {}
+        tools = tuple(tool_schema(function) for function in functions.values())
+    with contextlib.chdir(home):  # the file of tools may have left it
+        model, tokenizer, trained_on = load(flags)
     dialect = flags.dialect or trained_on
     if tools and not knows_dialect(tokenizer, dialect):
         raise UserError(f"this model has no tokens for {dialect} tool calls; train it with "
@@ -77,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
     if flags.think != "on" and THINK not in DIALECTS[dialect].tokens:
         raise UserError(f"--think {flags.think}: the {dialect} dialect has no token for thinking, "
                         "so it cannot be told from an answer")
-    transcript = flags.transcript and Path(flags.transcript).absolute()  # a tool may change folders
+    transcript = flags.transcript and home / flags.transcript
     screen = Screen(sys.stdout, flags.json, flags.think, tuple(DIALECTS[dialect].tokens))
     stops = stop_ids(tokenizer, dialect)
     barred = [tokenizer.token_id(THINK)] if flags.think == "off" and tokenizer.knows(THINK) else []
@@ -147,11 +151,9 @@ def main(argv: list[str] | None = None) -> None:
         """The conversation so far, as data."""
         return openai_row(Conversation(tuple(messages), tools))
 
-    # What a tool prints is not the model's.
-    aside = Aside(sys.stderr)
-    with contextlib.redirect_stdout(aside), contextlib.redirect_stderr(aside):
+    with apart(aside):
         try:
-            for question in lines() if flags.prompt is None else [flags.prompt]:
+            for question in lines(stdin, aside.out) if flags.prompt is None else [flags.prompt]:
                 try:
                     ask(question)
                 except UserError as error:
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
                           file=aside.out)
                     continue
                 except KeyboardInterrupt:
-                    if flags.prompt is not None or not sys.stdin.isatty():
+                    if flags.prompt is not None or not stdin.isatty():
                         raise
                     screen.show(Event("stopped", "stopped; the question and what came of it are "
                                       "left out"))
@@ -211,8 +213,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         raise UserError(f"rounds is {flags.rounds}; expected at least 1")
     if not 0 <= flags.timeout <= threading.TIMEOUT_MAX:
         raise UserError(f"timeout is {flags.timeout:g}; expected seconds, or 0 for any")
-    if flags.transcript and Path(flags.transcript).exists():
-        raise UserError(f"--transcript {flags.transcript}: is there already; choose another name")
+    if flags.transcript:
+        check_new(flags.transcript, "--transcript")
     return flags
 
 
@@ -301,8 +303,9 @@ class Screen:
 class Aside:
     """Where tools print while the chat goes on: on `out`, whatever they do.
 
-    They cannot close it, a terminal obeys nothing of it, and of what they print for one question
-    the first `PRINTED` characters are shown. Else it is as `out` is.
+    They cannot close it, a terminal obeys nothing of it, and of what they print for one question,
+    or when their file is imported, the first `PRINTED` characters are shown. Else it is as `out`
+    is.
     """
 
     def __init__(self, out: TextIO) -> None:
@@ -327,6 +330,20 @@ class Aside:
         return getattr(self.out, name)
 
 
+@contextlib.contextmanager
+def apart(aside: Aside) -> Iterator[None]:
+    """Where a tool's code may run: what it prints is not the model's and goes `aside`, and it finds
+    nothing to read, for the lines of the chat are not its own.
+    """
+    stdin = sys.stdin
+    with (open(os.devnull) as sys.stdin, contextlib.redirect_stdout(aside),
+          contextlib.redirect_stderr(aside)):
+        try:
+            yield
+        finally:
+            sys.stdin, aside.left = stdin, PRINTED
+
+
 def noted(ids: Iterable[int], written: list[int]) -> Iterator[int]:
     """`ids` as they come, each also put into `written`."""
     for new in ids:
@@ -342,18 +359,24 @@ def has_calls(text: str, dialect: str) -> bool:
         return False
 
 
-def lines() -> Iterator[str]:
-    """The lines of a chat, from a person or a pipe, until there are no more, or Ctrl-C."""
-    at_prompt = sys.stdin.isatty()
+def lines(stdin: TextIO, out: TextIO) -> Iterator[str]:
+    """The lines of a chat, from a person, who is asked for each on `out`, or from a pipe, until
+    there are no more, or Ctrl-C.
+    """
+    at_prompt = stdin.isatty()
     while True:
         try:
-            line = input("> " if at_prompt else "")
-        except (EOFError, KeyboardInterrupt):
             if at_prompt:
-                print()
+                print("> ", end="", file=out, flush=True)
+            line = stdin.readline()
+        except KeyboardInterrupt:
+            line = ""
+        if not line and at_prompt:
+            print(file=out)
+        if not line:
             return
         if line.strip():
-            yield line
+            yield line.removesuffix("\n")
 
 
 if __name__ == "__main__":

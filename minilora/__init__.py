@@ -29,6 +29,7 @@ Read it in this order; a file imports only from those above it.
     patterns.py     which linears an adapter of peft means
     checkpoint.py   adapters in peft's layout, merged export
     state.py        all that a run needs to go on
+    schema.py       what single words of a JSON schema mean
     grammar.py      what a reply may be: a dialect and JSON schemas as a grammar
     automaton.py    the grammar read byte by byte: what may come next, how far the end is
     constrain.py    which ids may come next, so that no call is malformed

@@ -113,6 +113,13 @@ STEADY = {"text": re.compile(rb'(?:[ !#-\[\]-\x7f]|[\xc2-\xf4][\x80-\xbf]+)*'),
 # The items of a grammar, a str also as a state of the arcs above; and these. A stack is (top, stack
 # below) or ().
 
+class Left(NamedTuple):
+    """A text from its byte `start` on: of a long one no copies are made on the way through it."""
+
+    text: bytes
+    start: int
+
+
 class Rest(NamedTuple):
     """All of a list after its bracket, or after an item; `count` are the items so far."""
 
@@ -148,11 +155,12 @@ def _push(items: Sequence, stack: Stack) -> Stack:
 # --- the automaton --------------------------------------------------------------------------------
 
 class Automaton:
-    """Reads a reply by a grammar; `cost` tells how many tokens a text takes."""
+    """Reads a reply by a grammar; `cost` tells how many tokens a text takes from some byte on."""
 
-    def __init__(self, grammar: Grammar, cost: Callable[[bytes], int]) -> None:
+    def __init__(self, grammar: Grammar, cost: Callable[[bytes, int], int]) -> None:
         self._syntax, self._cost = grammar.syntax, cost
         self._least: dict[tuple[object, int], float] = {}
+        self._below: dict[Stack, tuple[float, int]] = {}
         self._opened: dict[Stack, set[Stack]] = {}
         self.start = self.open((grammar.reply, ()))
 
@@ -160,28 +168,34 @@ class Automaton:
 
     def price(self, stack: Stack) -> float:
         """Tokens that suffice to get to the end of a stack; infinite where there is no way."""
-        items = []
-        while stack:
-            items.append(stack[0])
-            stack = stack[1]
-        price = level = 0
-        for item in reversed(items):
-            price += self._item_price(item, level)
-            level += isinstance(item, Rest | Fields | Key)
-        return price
+        return self._price_and_level(stack)[0]
+
+    def _price_and_level(self, stack: Stack) -> tuple[float, int]:
+        """The same, and how many objects and lists are around what would stand on the stack."""
+        if not stack:
+            return 0, 0
+        item, below = stack
+        if below not in self._below:
+            self._below[below] = self._price_and_level(below)
+        price, level = self._below[below]
+        return (price + self._item_price(item, level),
+                level + isinstance(item, Rest | Fields | Key))
 
     def _item_price(self, item: object, level: int) -> float:
         """The same for one item, around which there are `level` objects and lists."""
+        if isinstance(item, bytes):
+            return self._cost(item, 0)
+        if isinstance(item, Left):
+            return self._cost(*item)
         if (item, level) not in self._least:
             self._least[item, level] = math.inf  # while a schema that is but itself is looked at
             self._least[item, level] = self._shortest(item, level)
         return self._least[item, level]
 
     def _shortest(self, item: object, level: int) -> float:
-        cost, least = self._cost, self._item_price
+        least = self._item_price
+        comma = sum(least(each, level) for each in self._syntax.comma)
         match item:
-            case bytes():
-                return cost(item)
             case int():
                 return 1
             case str():
@@ -198,18 +212,18 @@ class Automaton:
                 return 1 + least(Fields(item, frozenset()), level) if level < LEVELS else math.inf
             case Rest(array, count):
                 missing = max(0, math.ceil(array.least) - count)
-                commas = max(0, missing - (count == 0)) * sum(map(cost, self._syntax.comma))
+                commas = max(0, missing - (count == 0)) * comma
                 return 1 + commas + (missing and missing * least(array.items, level + 1))
             case Fields(object, seen):
                 missing = object.required - seen
-                commas = max(0, len(missing) - (not seen)) * sum(map(cost, self._syntax.comma))
+                commas = max(0, len(missing) - (not seen)) * comma
                 needed = [each for key in missing for label, value in [object.fields[key]]
                           for each in (*label, value)]
                 return 1 + commas + sum(least(each, level + 1) for each in needed)
             case Whole():
                 return _missing_digits(item)
             case Key():
-                return (_key_price(item) + cost(self._syntax.key[2])
+                return (_key_price(item) + least(self._syntax.key[2], level)
                         + least(item.object.others, level + 1)
                         + least(Fields(item.object, item.seen | {None}), level))
         raise TypeError(item)
@@ -231,7 +245,7 @@ class Automaton:
                 continue
             item, below = at
             match item:
-                case bytes() | int() | Key():
+                case bytes() | Left() | int() | Key():
                     found.add(at)
                 case Prose():
                     found.add(at)
@@ -287,9 +301,11 @@ class Automaton:
                 continue
             item, below = stack
             match item:
-                case bytes():
-                    if item[0] == byte:
-                        found |= {(item[1:], below)} if len(item) > 1 else self.open(below)
+                case bytes() | Left():
+                    text, start = item if isinstance(item, Left) else (item, 0)
+                    if text[start] == byte:
+                        more = start + 1 < len(text)
+                        found |= {(Left(text, start + 1), below)} if more else self.open(below)
                 case str():
                     if byte in ARCS[item]:
                         found |= self.open((ARCS[item][byte], below))
@@ -312,19 +328,24 @@ class Automaton:
         return found
 
 
-def symbols(state: Iterable[Stack]) -> list[int]:
-    """The bytes that one of the stacks may be able to read, in order."""
-    symbols: set[int] = set()
-    for item in (stack[0] for stack in state if stack):
+def symbols(state: Iterable[Stack]) -> dict[int, list[Stack]]:
+    """The bytes that may come next, in order, each with the stacks that may be able to read it."""
+    found: dict[int, list[Stack]] = {}
+    for stack in filter(None, state):
+        item, readable = stack[0], ()
         if isinstance(item, bytes):
-            symbols.add(item[0])
+            readable = item[:1]
+        elif isinstance(item, Left):
+            readable = item.text[item.start:item.start + 1]
         elif isinstance(item, str):
-            symbols |= ARCS[item].keys()
+            readable = ARCS[item]
         elif isinstance(item, Whole):
-            symbols |= {*b"-", *DIGITS}
+            readable = b"-" + DIGITS
         elif isinstance(item, Key):
-            symbols |= ARCS[item.state].keys()
-    return sorted(symbols)
+            readable = ARCS[item.state]
+        for byte in readable:
+            found.setdefault(byte, []).append(stack)
+    return dict(sorted(found.items()))
 
 
 def _begins(text: bytes, tags: tuple[bytes, ...]) -> bool:
@@ -340,12 +361,12 @@ def taken_names(key: Key) -> set[bytes | None]:
 def _key_price(key: Key) -> int:
     """Bytes that suffice to close a key under a name that it may have."""
     names = taken_names(key)
-
-    def more(typed: bytes) -> int:
-        return (1 + min(more(typed + bytes([digit])) for digit in DIGITS)) if typed in names else 0
-
-    known = key.typed is not None and key.state in STEADY
-    return LEAST[key.state] + (more(key.typed) if known else len(names))
+    if key.typed is None or key.state not in STEADY:
+        return LEAST[key.state] + len(names)
+    ways, more = [key.typed], 0
+    while names.issuperset(ways):
+        ways, more = [typed + bytes([digit]) for typed in ways for digit in DIGITS], more + 1
+    return LEAST[key.state] + more
 
 
 def _missing_digits(number: Whole) -> float:

@@ -250,7 +250,7 @@ def pick(logits: Tensor, config: GenerateConfig, generator: torch.Generator) -> 
     scaled, ids = scaled.topk(count)                                         # [B, k], falling
     shares = scaled.softmax(-1)
     before = shares.cumsum(-1) - shares                                      # of all likelier ids
-    shares = shares.masked_fill(before >= config.top_p, 0.0)
+    shares[:, 1:].masked_fill_(before[:, 1:] >= config.top_p, 0.0)           # the likeliest stays
     return ids.gather(-1, torch.multinomial(shares, 1, generator=generator))[:, 0]
 
 

@@ -8,13 +8,18 @@ within items, which may come back to themselves as a schema may; automaton.py re
 
 Of a schema the types, properties, required, additionalProperties (absent: none beside properties,
 as `tools.check_arguments` has it), items, minItems, maxItems, the range of an integer, enum, const,
-anyOf, oneOf (as anyOf), allOf (merged) and local $ref are kept; what has none of these may be any
-JSON value. What else narrows it is not, and named in `Grammar.loose`: lengths and patterns of text,
-ranges of numbers and so on. Nor can a call have half a surrogate pair, an escape in a key that no
-schema names, over 32 levels, or a number of more than 20 digits on a side of its point or with an
-exponent over 99.
+anyOf, oneOf (as anyOf), allOf and local $ref are kept, and so is what stands beside them; what has
+none of these may be any JSON value. What else narrows it is not, and named in `Grammar.loose`:
+lengths and patterns of text, ranges of numbers, a oneOf of which two options may fit, the keys of
+an object that names over 200 and so on.
+
+Some of what would fit cannot be written. With an option come the keys that it names, not those of
+the others; without a type, what has properties is an object and what has items a list. Nor can a
+call have half a surrogate pair, an escape in a key that no schema names, over 32 levels, or a
+number of more than 20 digits on a side of its point or with an exponent over 99.
 """
 
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +30,7 @@ from minilora.config import UserError
 from minilora.dialects import get_dialect
 from minilora.jsontext import dump_json
 from minilora.notation import Dialect, Piece, ToolCall
+from minilora.schema import TYPES, choices, is_in, is_of, kinds, names, others, target
 from minilora.tokenizer import Tokenizer
 
 LONG = 20         # digits of a number, before its point and after it
@@ -142,99 +148,136 @@ class Syntax:
 def _items(symbols: Iterable[str | int]) -> tuple:
     """Characters and control tokens as items of a stack."""
     items: list = []
-    for symbol in symbols:
-        if isinstance(symbol, str) and items and isinstance(items[-1], bytes):
-            items[-1] += symbol.encode()
-        else:
-            items.append(symbol.encode() if isinstance(symbol, str) else symbol)
+    for kind, group in itertools.groupby(symbols, type):
+        some = list(group)
+        items += some if kind is int else ["".join(some).encode()]
     return tuple(items)
 
 
 # --- schemas --------------------------------------------------------------------------------------
 
-# What data sets say beside JSON Schema's words; a type that nobody knows is any value.
-ALIASES = {"dict": "object", "float": "number", "tuple": "array"}
-
-# Words that narrow a type further than the grammar does; those of a type that is not told are all.
+# Words that narrow a type further than the grammar does, and all those that narrow it.
 LOOSE = {"string": {"minLength", "maxLength", "pattern"}, "integer": {"multipleOf"},
          "number": {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"},
-         "array": {"uniqueItems", "prefixItems", "contains"}, "boolean": set(), "null": set(),
+         "array": {"uniqueItems", "prefixItems", "contains", "unevaluatedItems"},
+         "boolean": set(), "null": set(),
          "object": {"minProperties", "maxProperties", "patternProperties", "propertyNames",
-                    "dependentRequired"}}
-EVERY = frozenset({"minItems", "maxItems"}.union(*LOOSE.values()))
+                    "dependentRequired", "dependentSchemas", "unevaluatedProperties"}}
+WORDS = {**LOOSE, "array": {"items", "minItems", "maxItems"} | LOOSE["array"],
+         "object": {"properties", "required", "additionalProperties"} | LOOSE["object"]}
+EVERY = frozenset().union(*WORDS.values())
+
+# Those that narrow any value and are not kept to; those that are.
+NEVER = {"not", "if", "$dynamicRef"}
+KEPT = {"type", "enum", "const", "allOf", "anyOf", "oneOf", "$ref"}
+
+# A short schema can say very much. Where that is too much, the rest of it is any value.
+STEPS = 10_000  # schemas that are read of one tool, each as often as it is come to
+MANY = 200      # keys of an object; the work for one that is written grows with their square
+WAYS = 100      # to choose at once from several lists of options for one value
+
+OPEN: dict = {}  # stands for a schema that is not kept to, and for the keys that it may know
 
 
 def _arguments(parameters: dict, syntax: Syntax, loose: set[str]) -> Choice:
     """The objects that a tool's `parameters`, a JSON schema, allow.
 
-    `loose` gets the words that narrow them further.
+    Several schemas may hold for one value: those of a $ref and of an allOf, and what stands beside
+    them; of each anyOf and oneOf there is one to choose. A way to choose is the tuple of all that
+    hold then, in which only their other words count. `loose` gets the words that narrow the
+    arguments further.
     """
-    known: dict[str, Choice] = {}  # $ref → what it means, which may refer to itself
+    known: dict[frozenset[int], Choice] = {frozenset(): syntax.anything}
+    todo: list[tuple[Choice, list]] = []       # those whose options are yet to be found
+    either: dict[int, list[list[tuple]]] = {}  # the ways to fit each option of a oneOf
+    steps = iter(range(STEPS))
 
-    def choice(schema: object) -> Choice:
-        if not isinstance(schema, dict):
-            return Choice() if schema is False else syntax.anything
-        if "$ref" not in schema:
-            return Choice(options(schema))
-        path = str(schema["$ref"])
-        if path not in known:
-            known[path], target = Choice(), lookup(path)
-            known[path].options = choice(target).options
-        return known[path]
+    def choice(schemas: list) -> Choice:
+        """What fits all of these. Its options come later: they may lead back to it."""
+        key = frozenset(map(id, schemas))
+        if key not in known:
+            known[key] = Choice()
+            todo.append((known[key], schemas))
+        return known[key]
 
-    def lookup(path: str) -> object:
-        target: object = parameters
-        for part in path.split("/")[1:]:
-            target = target.get(part) if isinstance(target, dict) else None
-        if target is None:  # it is elsewhere, and may be anything
-            loose.add("$ref")
-        return target
+    def ways(schemas: list, within: frozenset[int] = frozenset()) -> list[tuple[dict, ...]]:
+        """The ways to fit all of these; `within` are the schemas that ask for them."""
+        found: list[tuple[dict, ...]] = [()]
+        for schema in schemas:
+            if schema is False or id(schema) in within:  # nothing fits what asks for itself
+                return []
+            if not isinstance(schema, dict):
+                continue
+            if next(steps, None) is None:
+                loose.update(schema.keys() & (EVERY | KEPT))
+                schema = OPEN
+            parts = [("allOf", [schema.get("allOf") or []])]  # lists of which one must hold as well
+            parts += [(word, [[option] for option in schema[word]]) for word in ("anyOf", "oneOf")
+                      if schema.get(word)]
+            if "$ref" in schema:
+                part = target(schema["$ref"], parameters)
+                if part is None:  # it is elsewhere, and may be anything
+                    loose.add("$ref")
+                parts.append(("$ref", [[part]]))
+            found = [(*way, schema) for way in found]
+            for word, options in parts:
+                each = [ways(option, within | {id(schema)}) for option in options]
+                if word == "oneOf":
+                    either[id(schema)] = each
+                more = list(itertools.chain(*each))
+                if len(found) * len(more) > max(WAYS, len(found), len(more)):
+                    loose.add(word)
+                    more = [(OPEN,)]
+                found = [way + another for way in found for another in more]
+        return found
 
-    def options(schema: dict) -> list[tuple]:
-        loose.update(schema.keys() & {"not", "if"})
-        if "const" in schema:
-            return [syntax.value(schema["const"])]
-        kinds = schema.get("type", [])
-        kinds = [ALIASES.get(kind, kind) for kind in ([kinds] if isinstance(kinds, str) else kinds)]
-        if "enum" in schema:
-            loose.update(schema.keys() & EVERY)
-            fitting = [value for value in schema["enum"] if _is_one_of(value, kinds)]
-            return [syntax.value(value) for value in fitting or schema["enum"]]
-        for word in ("anyOf", "oneOf"):
-            if schema.get(word):
-                rest = {key: value for key, value in schema.items() if key != word}
-                return [(choice({**rest, **option} if isinstance(option, dict) else option),)
-                        for option in schema[word]]
-        if schema.get("allOf"):
-            return options(merged(schema))
-        if not kinds:
-            kinds = (["object"] if schema.keys() & {"properties", "required"} else
-                     ["array"] if "items" in schema else ["any"])
-        return [option for kind in kinds for option in of_kind(kind, schema)]
+    def left(way: tuple[dict, ...]) -> tuple[set[str], list | None]:
+        """The types that are left, and the values; None: these are not told one by one."""
+        types, values = {*TYPES}, None
+        for part in way:
+            some, of = choices(part), kinds(part)
+            if some and not any(is_of(value, of) for value in some):
+                loose.add("type")  # {"type": "integer", "enum": ["1", "2"]}
+            else:
+                types &= of
+            if some is not None:
+                values = some if values is None else [each for each in values if is_in(each, some)]
+        return types, values and [value for value in values if is_of(value, types)]
 
-    def merged(schema: dict) -> dict:
-        if "$ref" in schema:
-            return merged(lookup(str(schema["$ref"])) or {})
-        whole = {key: value for key, value in schema.items() if key != "allOf"}
-        for part in map(merged, schema.get("allOf", ())):
-            required = [*whole.get("required", []), *part.get("required", [])]
-            properties = {**whole.get("properties", {}), **part.get("properties", {})}
-            whole |= part | {"required": required, "properties": properties}
-        return whole
+    def options(way: tuple[dict, ...]) -> list[tuple]:
+        words = set().union(*way)
+        loose.update(words & NEVER)
+        types, values = left(way)
+        if values is not None:
+            of = {kind for kind in TYPES if any(is_of(value, {kind}) for value in values)}
+            loose.update(*(words & WORDS[kind] for kind in of))
+            return [syntax.value(value) for value in values]
+        if types == {*TYPES}:
+            if words.isdisjoint(EVERY):
+                return syntax.anything.options
+            types = ({"object"} if "properties" in words or any(map(names, way)) else
+                     {"array"} if "items" in words else types)
+        if "number" in types:
+            types -= {"integer"}
+        loose.update(*(words & LOOSE[kind] for kind in types))
+        return [option for kind in TYPES if kind in types for option in of_kind(kind, way)]
 
-    def of_kind(kind: str, schema: dict) -> list[tuple]:
-        loose.update(schema.keys() & LOOSE.get(kind, EVERY))
+    def of_kind(kind: str, way: tuple[dict, ...]) -> list[tuple]:
         if kind == "object":
-            return [(fields(schema),)]
+            return [(fields(way),)]
         if kind == "array":
-            return [(Array(choice(schema.get("items")), bound(schema, "minItems", 0),
-                           bound(schema, "maxItems", math.inf)),)]
-        if kind == "integer" and schema.keys() & LOOSE["number"]:
-            low, above = (bound(schema, word, -FAR) for word in ("minimum", "exclusiveMinimum"))
-            high, below = (bound(schema, word, FAR) for word in ("maximum", "exclusiveMaximum"))
+            items = choice([part["items"] for part in way if "items" in part])
+            return [(Array(items, max(bounds(way, "minItems", 0)),
+                           min(bounds(way, "maxItems", math.inf))),)]
+        if kind == "integer" and any(part.keys() & LOOSE["number"] for part in way):
+            low, above = (max(bounds(way, word, -FAR)) for word in ("minimum", "exclusiveMinimum"))
+            high, below = (min(bounds(way, word, FAR)) for word in ("maximum", "exclusiveMaximum"))
             return [(Whole(max(math.ceil(low), math.floor(above) + 1),
                            min(math.floor(high), math.ceil(below) - 1)),)]
-        return syntax.scalars.get(kind, syntax.anything.options)
+        return syntax.scalars[kind]
+
+    def bounds(way: tuple[dict, ...], word: str, default: float) -> list[float]:
+        return [bound(part, word, default) for part in way]
 
     def bound(schema: dict, word: str, default: float) -> float:
         number = schema.get(word, default)
@@ -245,26 +288,55 @@ def _arguments(parameters: dict, syntax: Syntax, loose: set[str]) -> Choice:
         loose.add(word)
         return default
 
-    def fields(schema: dict) -> Object:
-        properties, required = schema.get("properties") or {}, schema.get("required") or []
-        others = schema.get("additionalProperties", "properties" not in schema)
-        named = {**dict.fromkeys(required, others or {}), **properties}
-        return Object(
-            {_inside(key): (syntax.label(key), choice(value)) for key, value in named.items()},
-            frozenset(map(_inside, required)), choice(others) if others else None)
+    def keys(way: tuple[dict, ...]) -> tuple[dict[str, list], set[str]]:
+        """The schemas of each key that is named, and the keys that are required."""
+        required = dict.fromkeys(key for part in way for key in part.get("required") or ())
+        named = dict.fromkeys(key for part in way for key in part.get("properties") or ())
+        found: dict[str, list] = {key: [] for key in named | required}
+        for part in way:
+            own, other = part.get("properties") or {}, others(part)
+            for key in found if isinstance(other, dict) else own:
+                found[key].append(own.get(key, other))
+        return found, {*required}
 
-    return choice({"properties": {}, **parameters, "type": "object"})
+    def fields(way: tuple[dict, ...]) -> Object:
+        named, required = keys(way)
+        if len(named) > MANY:
+            loose.update(WORDS["object"] - LOOSE["object"])
+            return Object({}, frozenset(), syntax.anything)
+        rest = [others(part) for part in way]
+        schemas = [other for other in rest if isinstance(other, dict)]
+        free = any(part is OPEN for part in way) or all(
+            other or isinstance(other, dict) for other in rest)
+        return Object(
+            {_inside(key): (syntax.label(key), choice(named[key])) for key in named},
+            frozenset(map(_inside, required)), choice(schemas) if free else None)
+
+    def empty(way: tuple[dict, ...], deep: bool = True) -> bool:
+        """Whether nothing fits, as types and values show, also those of a key that is required."""
+        types, values = left(way)
+        if next(steps, None) is None:
+            return False
+        if values is not None or types != {"object"} or not deep:
+            return not (types if values is None else values)
+        named, required = keys(way)
+        return any(all(empty(inner, False) for inner in ways(named[key])) for key in required)
+
+    root = {"properties": {}, **parameters, "type": "object"}
+    whole = choice([root])
+    while todo:
+        found, schemas = todo.pop()
+        found.options = [option for way in ways(schemas) for option in options(way)]
+    for each in [*either.values()]:
+        if not all(empty(way + another) for some, more in itertools.combinations(each, 2)
+                   for way in some for another in more):
+            loose.add("oneOf")  # a value may fit two
+    return whole
 
 
 def _inside(text: str) -> bytes:
     """A string as JSON, without its quotes."""
     return dump_json(text).encode()[1:-1]
-
-
-def _is_one_of(value: object, kinds: list[str]) -> bool:
-    names = {str: {"string"}, bool: {"boolean"}, int: {"integer", "number"}, float: {"number"},
-             type(None): {"null"}, list: {"array"}, dict: {"object"}}[type(value)]
-    return not kinds or not names.isdisjoint(kinds)
 
 
 # --- a whole reply --------------------------------------------------------------------------------

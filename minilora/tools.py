@@ -39,6 +39,7 @@ from minilora.chat import MalformedCall, Message, ToolCall, split_reply
 from minilora.config import UserError
 from minilora.jsontext import dump_json
 from minilora.readers import warn
+from minilora.schema import choices, is_in, is_of, kinds, names, others, target, type_words
 
 TIMEOUT = 30.0  # seconds that a function may take
 BUDGET = 4000   # characters that the model is shown of its result, or of all those of a round
@@ -103,7 +104,7 @@ def _hint_schema(hint: object, where: str) -> dict:
         return _choices(list(inner), where)
     if hint is typing.Any:
         return {}
-    if hint in PLAIN:
+    if isinstance(hint, type) and hint in PLAIN:
         return {"type": PLAIN[hint]}
     if isinstance(hint, type) and issubclass(hint, enum.Enum):
         return _choices([member.value for member in hint], where)
@@ -189,11 +190,6 @@ def _docstring(function: Callable) -> tuple[str, dict[str, str]]:
 
 # --- checking a call's arguments ------------------------------------------------------------------
 
-# Data sets also say dict, float, tuple and any where JSON Schema has other words.
-TYPES = {"string": str, "integer": int, "number": (int, float), "boolean": bool, "array": list,
-         "object": dict, "null": type(None), "float": (int, float), "tuple": list, "dict": dict,
-         "any": object}
-
 # Words that narrow a type: the values that they are about, who keeps to them, and how that is said.
 BOUNDS: dict[str, tuple[type | tuple, Callable, str]] = {
     "minimum": ((int, float), operator.ge, "at least {}"),
@@ -228,7 +224,8 @@ def check_arguments(schema: dict, arguments: object) -> list[str]:
     `schema` is a tool's schema. Unknown and missing parameters, types (true is no integer, an
     integer is a number, "5" is neither), choices, ranges, lengths and patterns (as Python's `re`
     has them), the insides of arrays and objects, and what allOf, anyOf, oneOf, not and a local $ref
-    add. An object may have the keys that its schema or one beside it names; any where none does.
+    add. An object may have the keys that its schema or one beside it names (`properties`,
+    `required`); any where none does.
     What is in `UNCHECKED` passes, and a note tells of it once; so does a pattern that some text
     could keep busy for long. Of many problems the first `MOST` are told. Raises UserError for a
     schema that is none, a bound in it that is none, and one that takes more than `STEPS` steps.
@@ -266,13 +263,8 @@ def _problems(value: object, schema: dict | bool, where: str, root: _Root,
         if not schema:
             yield _expected(value, "no such value", where)
         return
-    kinds = _kinds(schema)
-    # Python has True == 1, JSON has not.
-    choices = [schema["const"]] if "const" in schema else schema.get("enum", [value])
-    if kinds and not any(isinstance(value, TYPES.get(kind, object)) for kind in kinds
-                         if not isinstance(value, bool) or kind in ("boolean", "any")) or not any(
-            value == choice and isinstance(value, bool) == isinstance(choice, bool)
-            for choice in choices):
+    values = choices(schema)
+    if not is_of(value, kinds(schema)) or values is not None and not is_in(value, values):
         yield _expected(value, _describe(schema), where)
         return
     for word in UNCHECKED & schema.keys():
@@ -281,7 +273,7 @@ def _problems(value: object, schema: dict | bool, where: str, root: _Root,
              *schema.get("allOf", ())]
     some, one = schema.get("anyOf") or [], schema.get("oneOf") or []
     known = schema.get("properties", {})
-    shared = beside | known.keys() | _keys([*parts, *some], root)
+    shared = beside | names(schema).keys() | _keys([*parts, *some], root)
     beside = shared | _keys([*one], root)
 
     def fits(other: dict | bool, beside: frozenset[str]) -> bool:
@@ -312,30 +304,26 @@ def _problems(value: object, schema: dict | bool, where: str, root: _Root,
         for index, item in enumerate(value):
             yield from _problems(item, schema["items"], f"{where}[{index}]", root)
     if isinstance(value, dict):
-        others = schema.get("additionalProperties", "properties" not in schema
-                            or "patternProperties" in schema)
+        other = others(schema)
         path = f"{where}." if where else ""
         for key in schema.get("required", []):
             if key not in value:
                 yield f"{path}{key}: missing, expected {_describe(known.get(key, {}))}"
         for key, item in value.items():
             at = f"{path}{key[:SHOWN]}"
-            if key in known or isinstance(others, dict):
-                yield from _problems(item, known.get(key, others), at, root)
-            elif not others and key not in beside:
+            if key in known or isinstance(other, dict):
+                yield from _problems(item, known.get(key, other), at, root)
+            elif not other and key not in beside:
                 yield f"{at}: unknown parameter{_instead(key, {**known, **dict.fromkeys(beside)})}"
 
 
 def _target(path: object, root: _Root) -> dict | bool:
     """What a $ref leads to: a part of the schema itself, or else anything."""
-    target: object = root.schema if str(path).startswith("#") else None
-    for part in str(path).split("/")[1:]:
-        part = part.replace("~1", "/").replace("~0", "~")
-        target = target.get(part) if isinstance(target, dict) else None
-    if target is None:
+    found = target(path, root.schema)
+    if found is None:
         _tell("a $ref that leads nowhere in a tool's schema")
         return True
-    return target
+    return found
 
 
 def _keys(schemas: list, root: _Root) -> set[str]:
@@ -347,7 +335,7 @@ def _keys(schemas: list, root: _Root) -> set[str]:
         if id(schema) in seen or not isinstance(schema, dict):
             continue
         seen.add(id(schema))
-        found |= schema.get("properties", {}).keys()
+        found |= names(schema).keys()
         schemas += [part for word in ("allOf", "anyOf", "oneOf") for part in schema.get(word, ())]
         schemas += [_target(schema["$ref"], root)] if "$ref" in schema else []
     return found
@@ -380,11 +368,6 @@ def _bound(schema: dict, word: str) -> object:
     return bound
 
 
-def _kinds(schema: dict) -> list[str]:
-    kinds = schema.get("type", [])
-    return [kinds] if isinstance(kinds, str) else kinds
-
-
 def _expected(value: object, what: str, where: str) -> str:
     text = dump_json(value)
     text = text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
@@ -406,7 +389,7 @@ def _describe(schema: dict | bool) -> str:
         return "what its schema says"
     articles = {"null": "null", "any": "any value"}
     return " or ".join(articles.get(kind, f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}")
-                       for kind in _kinds(schema)) or "any value"
+                       for kind in type_words(schema)) or "any value"
 
 
 def _instead(name: str, known: Iterable[str]) -> str:
@@ -421,41 +404,56 @@ def _instead(name: str, known: Iterable[str]) -> str:
 def load_tools(path: str | Path) -> dict[str, Callable]:
     """The tools of a Python file by name: its list `TOOLS`, or else its public functions.
 
-    The file is the user's own and is imported, so its top level runs. Raises UserError, one line,
-    for a file that is missing, cannot be imported or offers nothing, and what `tool_schema` raises.
+    The file is the user's own and is imported, so its top level runs. Raises UserError, one line
+    that begins with the file, for one that is missing, cannot be imported or offers nothing, and
+    for what `tool_schema` refuses.
     """
     path = Path(path)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(f"{path}: no such Python file; --tools takes a .py file with functions")
-    name, folder = f"minilora_tools_{path.stem}", str(path.parent.resolve())
+    name, file = f"minilora_tools_{path.stem}", path.absolute()  # it may change folders
+    folder = str(path.parent.resolve())
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses and type hints look for it
     sys.path.insert(0, folder)  # it may import its neighbours, as in `python FILE`
     try:
         spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
-    except (Exception, SystemExit) as error:
+        return _offered(vars(module), name)
+    except KeyboardInterrupt:
+        raise
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except BaseException as error:  # whatever it likes: SystemExit, GeneratorExit, its own
+        if isinstance(error, SyntaxError) and error.filename:
+            raise UserError(f"{error.filename}:{error.lineno}: {error.msg}") from None
         own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-               if Path(frame.filename) == path.absolute()]
+               if Path(frame.filename) == file]
         at = f":{own[-1]}" if own else ""
         raise UserError(f"{path}{at}: importing it raised {_one_line(error)}") from None
     finally:
-        sys.path.remove(folder)
-    found = getattr(module, "TOOLS", None)
+        if folder in sys.path:  # it may have taken it out
+            sys.path.remove(folder)
+
+
+def _offered(items: dict, module: str) -> dict[str, Callable]:
+    """The tools among the names of a module. Raises UserError, and what odd objects raise."""
+    found = items.get("TOOLS")
     if found is None:
-        found = [item for key, item in vars(module).items() if inspect.isfunction(item)
-                 and item.__module__ == name and not key.startswith("_")]
+        found = [item for key, item in items.items() if inspect.isfunction(item)
+                 and item.__module__ == module and not key.startswith("_")]
+    elif not isinstance(found, list | tuple | set):
+        raise UserError(f"TOOLS is of type {type(found).__name__}; write TOOLS = [function]")
     functions = {}
     for function in found:
-        if not callable(function) or not hasattr(function, "__name__"):
-            raise UserError(f"{path}: TOOLS holds {function!r}; expected functions")
+        if not callable(function) or not isinstance(getattr(function, "__name__", None), str):
+            shown = " ".join(f"{function!r:.{SHOWN}}".split())
+            raise UserError(f"TOOLS holds {shown}; expected functions")
         if functions.setdefault(function.__name__, function) is not function:
-            raise UserError(f"{path}: two tools are called {function.__name__}")
+            raise UserError(f"two tools are called {function.__name__}")
         tool_schema(function)  # raises here what it would raise later
     if not functions:
-        raise UserError(f"{path}: no tools in it; define a public function or TOOLS = [function]")
+        raise UserError("no tools in it; define a public function or TOOLS = [function]")
     return functions
 
 

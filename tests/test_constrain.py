@@ -204,9 +204,11 @@ def test_without_tools_there_is_no_call():
 
 @pytest.mark.parametrize("schema", [
     value(enum=[]), value(anyOf=[{"enum": []}]), {"properties": {"v": False}, "required": ["v"]},
+    value(enum=[{1, 2}]), value(type="integer", anyOf=[{"type": "string"}, {"enum": [None]}]),
     value(**{"$ref": "#/$defs/a"}) | {"$defs": {"a": {
         "type": "object", "properties": {"a": {"$ref": "#/$defs/a"}}, "required": ["a"]}}},
-    value(**{"$ref": "#/$defs/a"}) | {"$defs": {"a": {"$ref": "#/$defs/a"}}}])
+    value(**{"$ref": "#/$defs/a"}) | {"$defs": {"a": {"$ref": "#/$defs/a"}}},
+    value(**{"$ref": "#/$defs/a"}) | {"$defs": {"a": {"allOf": [{"$ref": "#/$defs/a"}]}}}])
 def test_a_schema_that_nothing_fits_is_refused(schema):
     with pytest.raises(UserError, match="tool f: no arguments fit its schema"):
         Constraint(vocabulary("hermes"), [tool("f", **schema)], "hermes")

@@ -437,3 +437,9 @@ def test_a_base_without_the_dialects_tokens_is_measured_as_training_starts(tmp_p
 def test_before_needs_an_adapter():
     with pytest.raises(UserError, match="--before needs --adapter"):
         main(["eval", "--before"])
+
+
+def test_a_batch_holds_tokens():
+    for few in ("0", "-5"):
+        with pytest.raises(UserError, match=f"--batch-tokens is {few}; expected at least 1"):
+            main(["eval", "--batch-tokens", few])

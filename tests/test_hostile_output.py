@@ -10,13 +10,16 @@ import itertools
 import json
 import sys
 import threading
+import tracemalloc
 from random import Random
 
 import pytest
+import torch
 from conftest import load_tokenizer
 from hostile import reading, survive
 from tiny_tokenizer import make_tokenizer_model
 
+from minilora.automaton import Automaton
 from minilora.bfcl import Question
 from minilora.chat import (
     Conversation,
@@ -31,6 +34,7 @@ from minilora.chat import (
 )
 from minilora.compare import REASON
 from minilora.config import UserError
+from minilora.constrain import Constraint, Vocabulary
 from minilora.dialects import DIALECTS
 from minilora.evaluate import check_reply
 from minilora.notation import DEPTH, Written
@@ -557,3 +561,62 @@ def test_a_hostile_schema_is_checked_or_refused_in_time(schema, more, value, tmp
             assert len(found) <= 20 and all(len(line) < 9000 for line in found)
 
     survive("schema", tmp_path / "case", 1, case)
+
+
+# --- calls held to a schema -----------------------------------------------------------------------
+
+def held_to(tool, arguments, tokenizer, dialect):
+    """Walks through the vocabulary, ways to go on that were looked at and bytes of memory until the
+    right reply was written, of which no id is barred."""
+    call = ToolCall(tool["name"], arguments)
+    ids = written(Message("assistant", tool_calls=(call,)), tokenizer, dialect)
+    words, walks, looked = Vocabulary(tokenizer), [], []
+    walk, read = Constraint._walk, Automaton.read
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Automaton, "read", lambda *each: looked.append(len(each[1])) or read(*each))
+        patch.setattr(Constraint, "_walk", lambda *each: walks.append(1) or walk(*each))
+        tracemalloc.start()
+        constraint = Constraint(words, [tool], dialect)
+        for place, new in enumerate(ids):
+            logits = torch.zeros(words.size)
+            constraint.bar(logits, len(ids) - place + 9)  # the room for a closing tag and a stop
+            assert logits[new] == 0, place
+            constraint.take(new)
+        memory = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    return len(walks), sum(looked), memory
+
+
+@pytest.mark.parametrize("place, size, dialect", [
+    *itertools.product(["name", "key", "enum"], [1200], DIALECTS), ("enum", 20_000, "hermes")])
+def test_a_long_text_of_a_schema_takes_no_more_than_it_is_long(place, size, dialect, tokenizer):
+    name, key, value = (("What a text this is! " * size)[:size] if place == each else "f"
+                        for each in ("name", "key", "enum"))
+    tool = {"name": name, "parameters": {"properties": {key: {"enum": [value, "x"]}},
+                                         "required": [key]}}
+    _, looked, memory = held_to(tool, {key: value}, tokenizer, dialect)
+    assert looked < 4 * (size + 200) and memory < 800 * (size + 200)
+
+
+@EACH
+def test_thousands_of_choices_are_looked_at_together(dialect, tokenizer):
+    """Of an enum and of keys: one walk for all of them, in which each is looked at once a byte."""
+    many = [f"value {n:03} of these" for n in range(1000)]
+    tool = {"name": "f", "parameters": {"properties": {"a": {"enum": many}}, "required": ["a"]}}
+    walks, looked, _ = held_to(tool, {"a": many[567]}, tokenizer, dialect)
+    assert walks < 200 and looked < 25 * len(many)
+    keys = many[:200]
+    tool = {"name": "f", "parameters": {"properties": dict.fromkeys(keys, {"type": "integer"})}}
+    walks, looked, _ = held_to(tool, {keys[150]: 1, keys[3]: 2}, tokenizer, dialect)
+    assert walks < 200 and looked < 3 * 25 * len(keys)
+
+
+def test_an_object_of_more_keys_than_that_is_any_object(tokenizer):
+    words = Vocabulary(tokenizer)
+    for count, loose in ((200, {}), (201, {"f": {"properties", "required",
+                                                 "additionalProperties"}})):
+        keys = [f"k{n}" for n in range(count)]
+        tool = {"name": "f", "parameters": {"properties": dict.fromkeys(keys, {}),
+                                            "required": keys}}
+        assert Constraint(words, [tool], "hermes").loose == loose
+    assert held_to(tool, {"k7": 1, "z": [None]}, tokenizer, "hermes")

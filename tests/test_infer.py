@@ -1,8 +1,10 @@
 """A chat at the screen, with a model that says what the test has written for it."""
 
 import importlib.util
+import io
 import json
 import re
+import sys
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -53,7 +55,7 @@ def chat(tokenizer, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my_tools.py").write_text(TOOLS)
 
-    def run(questions: list[str], replies: list[str], *flags: str, context: int = 4000,
+    def run(questions: list[str] | None, replies: list[str], *flags: str, context: int = 4000,
             dialect: str = "hermes"):
         infer = load_infer()
         said, prompts = iter(replies), []
@@ -77,9 +79,14 @@ def chat(tokenizer, tmp_path, monkeypatch, capsys):
 
         model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=context),
                                 embed_tokens=SimpleNamespace(num_embeddings=tokenizer.vocab_size))
-        monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, dialect))
+        def load(flags):
+            run.folder = Path.cwd()
+            return model, tokenizer, dialect
+
+        monkeypatch.setattr(infer, "load", load)
         monkeypatch.setattr(infer, "stream", stream)
-        monkeypatch.setattr(infer, "lines", lambda: iter(questions))
+        if questions is not None:  # else they are read
+            monkeypatch.setattr(infer, "lines", lambda *_: iter(questions))
         infer.main(["--tools", "my_tools.py", "--max-new", "100", *flags])
         return *capsys.readouterr(), prompts
 
@@ -207,7 +214,7 @@ def test_a_transcript_renders_as_the_last_prompt_did(chat, tokenizer):
     assert whole == prompts[-1] + "Bye.<end_of_turn>\n"
 
 
-def test_a_transcript_is_written_after_every_answer_and_over_nothing(chat, tmp_path, monkeypatch):
+def test_a_transcript_is_written_after_every_answer_and_over_nothing(chat, tmp_path):
     path = tmp_path / "chat.jsonl"
     seen = []
     questions = (seen.append(path.exists() and len(read_conversations(path)[0].messages)) or text
@@ -218,7 +225,7 @@ def test_a_transcript_is_written_after_every_answer_and_over_nothing(chat, tmp_p
         chat([], [], "--transcript", "chat.jsonl")
 
 
-def test_a_chat_that_outgrows_the_context_keeps_tools_and_its_latest_turns(chat, tmp_path):
+def test_a_chat_that_outgrows_the_context_keeps_tools_and_its_latest_turns(chat):
     questions = [f"Question number {number}?" for number in range(12)]
     flags = ("--system", "Be brief.", "--transcript", "chat.jsonl", "--max-new", "20")
     out, error, prompts = chat(questions, [f"Yes, {number}." for number in range(12)], *flags,
@@ -244,7 +251,7 @@ def test_a_long_chat_is_not_read_anew_at_each_turn(tokenizer, monkeypatch, capsy
 
     monkeypatch.setattr(Gemma, "hidden_states", counted)
     monkeypatch.setattr(infer, "load", lambda flags: (model, tokenizer, "hermes"))
-    monkeypatch.setattr(infer, "lines", lambda: (f"Question {n}?" for n in range(turns)))
+    monkeypatch.setattr(infer, "lines", lambda *_: (f"Question {n}?" for n in range(turns)))
     infer.main(["--max-new", "5", "--system", "Be brief."])
     read_anew = [size for size in fed if size > 150]
     assert capsys.readouterr().out.count("outgrown") == 1
@@ -281,7 +288,7 @@ begun, threads = threading.Event(), []
 '''
 
 
-def test_a_tool_that_makes_a_mess_of_the_process(chat, tmp_path, monkeypatch):
+def test_a_tool_that_makes_a_mess_of_the_process(chat, tmp_path):
     """Whatever it prints, closes, exchanges or leaves behind, what the model says is shown alone,
     and the transcript is where it was to be."""
     (tmp_path / "my_tools.py").write_text(MISCHIEF)
@@ -295,6 +302,53 @@ def test_a_tool_that_makes_a_mess_of_the_process(chat, tmp_path, monkeypatch):
     assert len(error) < 6 * 10_500 and "tools print more" in error and "late" in error
     assert "error: broken" in error and "\x1b" not in error
     assert len(read_conversations(tmp_path / "t.jsonl")[0].messages) == 10
+
+
+IMPORTED = '''
+import os, sys
+kept = sys.stderr  # as handlers of logging keep it
+print("at import", len(sys.stdin.read()), "\\x1b" + "x" * 20_000)
+sys.stdin.close()
+sys.stdout.close()
+sys.stdin = sys.stdout = sys.stderr = None
+os.chdir("/")
+''' + TOOLS.replace("print(", "print(os.getcwd(), file=kept); print(")
+
+
+def test_a_file_of_tools_that_makes_a_mess_when_it_is_imported(chat, tmp_path, monkeypatch):
+    """What the flags name is still where it was, for the file as for its tools."""
+    monkeypatch.setattr("sys.stdin", stdin := io.StringIO("Rain?\nBye\n"))
+    (tmp_path / "my_tools.py").write_text(IMPORTED)
+    out, error, prompts = chat(None, [CALL, "It rains.", "Bye."], "--transcript", "new/t.jsonl",
+                               "--json")
+    assert [json.loads(line)["event"] for line in out.splitlines()] == [
+        "call", "result", "answer", "answer", "end"]
+    assert error.startswith("at import 0 \\x1bxx") and len(error) < 10_500
+    assert error.endswith(")\n/\nlooking\n")  # it stays where the file has gone
+    assert chat.folder == tmp_path and sys.stdin is stdin
+    assert len(read_conversations(tmp_path / "new/t.jsonl")[0].messages) == 6
+
+
+READER = '''
+import sys
+
+def weather(city: str) -> str:
+    left = sys.stdin.read() + sys.stdin.buffer.read().decode()
+    sys.stdin.close()
+    sys.stdin = None
+    return repr(left)
+'''
+
+
+def test_a_tool_that_reads_or_closes_the_input_takes_nothing_of_the_chat(
+        chat, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", stdin := io.StringIO("Rain?\n\nAnd?\nBye"))
+    (tmp_path / "my_tools.py").write_text(READER)
+    out, _, prompts = chat(None, [CALL, "It rains.", CALL, "It does.", "Bye."])
+    assert out.count("← ''") == 1 and out.count("←") == 2 and out.endswith("Bye.\n")
+    assert [question for question in ("Rain?", "And?", "Bye<") if question in prompts[-1]] == [
+        "Rain?", "And?", "Bye<"]
+    assert sys.stdin is stdin and not stdin.closed
 
 
 def test_a_question_that_is_too_long_is_told_and_left_out(chat):
@@ -362,20 +416,25 @@ def test_ctrl_c_ends_an_answer_and_at_the_prompt_the_chat(chat, monkeypatch):
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["stopped", "answer", "end"]
 
 
-@pytest.mark.parametrize("end", [EOFError, KeyboardInterrupt])
-def test_the_lines_of_a_chat_end_with_either_key(monkeypatch, end):
-    said = iter(["One?", " ", "Two?"])
+@pytest.mark.parametrize("key", ["Ctrl-D", "Ctrl-C"])
+def test_the_lines_of_a_chat_end_with_either_key(key):
+    said = iter(["One?\n", " \n", "Two?\n"])
 
-    def ask(prompt):
-        assert prompt == "> "
-        text = next(said, None)
-        if text is None:
-            raise end
+    def readline():
+        text = next(said, "")
+        if not text and key == "Ctrl-C":
+            raise KeyboardInterrupt
         return text
 
-    monkeypatch.setattr("builtins.input", ask)
-    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
-    assert list(load_infer().lines()) == ["One?", "Two?"]
+    stdin, shown = SimpleNamespace(isatty=lambda: True, readline=readline), io.StringIO()
+    assert list(load_infer().lines(stdin, shown)) == ["One?", "Two?"]
+    assert shown.getvalue() == "> > > > \n"
+
+
+def test_the_lines_of_a_pipe_are_asked_for_by_nothing():
+    shown = io.StringIO()
+    assert list(load_infer().lines(io.StringIO("One?\n\nTwo?"), shown)) == ["One?", "Two?"]
+    assert not shown.getvalue()
 
 
 def test_ctrl_c_ends_all_where_nobody_is_at_the_prompt(chat, monkeypatch):

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 ORDER = ("jsontext", "config", "files", "linear", "lora", "embedding", "attention", "recompute",
          "model", "weights", "tokenizer", "notation", "dialects", "chat", "report", "sources",
          "formats", "readers", "data", "cache", "loss", "trainer", "estimate", "check",
-         "patterns", "checkpoint", "state", "grammar", "automaton", "constrain", "generate",
-         "tools", "compare", "bfcl", "evaluate", "view", "hub", "bench", "__main__")
+         "patterns", "checkpoint", "state", "schema", "grammar", "automaton", "constrain",
+         "generate", "tools", "compare", "bfcl", "evaluate", "view", "hub", "bench", "__main__")
 FILES = sorted((ROOT / "minilora").rglob("*.py")) + [ROOT / "train.py", ROOT / "infer.py"]
 
 
@@ -49,10 +49,12 @@ def test_imports_go_one_way(name):
             assert module.split(".")[1] in above, f"{name} imports {module}"
 
 
-def test_reading_order_is_the_package_docstring():
-    text = ast.get_docstring(ast.parse((ROOT / "minilora" / "__init__.py").read_text()))
-    at = [text.index(f"{name}.py") for name in ORDER]
-    assert at == sorted(at)
+def test_reading_order_is_told():
+    package = ast.get_docstring(ast.parse((ROOT / "minilora" / "__init__.py").read_text()))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").partition("## How it works")[2]
+    for text in (package, readme.replace("`", " ")):
+        at = [text.index(f" {name}.py ") for name in ORDER]
+        assert at == sorted(at)
 
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -5,6 +5,7 @@ import datetime
 import enum
 import json
 import re
+import sys
 import threading
 from decimal import Decimal
 from pathlib import Path
@@ -600,15 +601,45 @@ def test_a_list_of_tools_decides(tmp_path):
     ("raise SystemExit(0)", r"my_tools.py:1: importing it raised SystemExit: 0"),
     ("", r"my_tools.py: no tools in it"),
     ("import json\nfrom json import dumps\n_x = 1\ndef _f(): ...\n", r"no tools in it"),
+    ("\0", r"my_tools.py: .*null bytes"),
+    ("raise SyntaxError('no')", r"my_tools.py:1: importing it raised SyntaxError: no"),
+    ("\nraise BaseException", r"my_tools.py:2: importing it raised BaseException"),
+    ("raise GeneratorExit", r"my_tools.py:1: importing it raised GeneratorExit"),
+    ("import os\nos.chdir('/')\nraise ValueError", r"my_tools.py:3: importing it raised ValueErr"),
+    ("import sys\nsys.path.clear()\n1 / 0", r"my_tools.py:3: importing it raised ZeroDivision"),
+    ("from minilora.config import UserError\nraise UserError('bad')", r"my_tools.py: bad$"),
+    ("globals()[5] = lambda: 5", r"my_tools.py"),
+    ("def __getattr__(name): return 1 / 0", r"my_tools.py: no tools in it"),
+    ("TOOLS = 5", r"my_tools.py: TOOLS is of type int; write TOOLS = \[function\]"),
+    ("def f(): ...\nTOOLS = f", r"my_tools.py: TOOLS is of type function; write TOOLS = \["),
+    ("def TOOLS(): ...", r"my_tools.py: TOOLS is of type function"),
+    ("def f(): ...\nTOOLS = {'f': f}", r"my_tools.py: TOOLS is of type dict"),
+    ("class Odd(list):\n    def __iter__(self): 1 / 0\nTOOLS = Odd()",
+     r"my_tools.py:2: importing it raised ZeroDivisionError"),
+    ("class Odd:\n    __name__ = 5\n    def __call__(self): ...\n"
+     "TOOLS = [Odd()]", r"my_tools.py: TOOLS holds <.*Odd object at .*; expected functions"),
+    ("class Odd:\n    def __repr__(self): return 'a\\n' * 500\nTOOLS = [Odd()]",
+     r"my_tools.py: TOOLS holds (a )+a?; expected functions"),
+    ("class Odd:\n    def __getattr__(self, name): 1 / 0\n    def __call__(self): ...\n"
+     "TOOLS = [Odd()]", r"my_tools.py:2: importing it raised ZeroDivisionError"),
+    ("def f(x: [str]): ...", r"my_tools.py: tool f, parameter x: .*cannot be told"),
     ("TOOLS = [3]", r"TOOLS holds 3; expected functions"),
     ("import json\nTOOLS = [json]", r"TOOLS holds <module 'json'"),
     ("def f(): ...\ndef g(): ...\ng.__name__ = 'f'\n", r"two tools are called f"),
     ("def f(x): ...", r"tool f, parameter x: no type hint"),
 ])
-def test_a_bad_file_is_told_in_one_line(tmp_path, text, message):
+def test_a_bad_file_is_told_in_one_line(tmp_path, monkeypatch, text, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    write(tmp_path, text)
     with pytest.raises(UserError, match=message) as caught:
-        load_tools(write(tmp_path, text))
-    assert "\n" not in str(caught.value)
+        load_tools("my_tools.py")
+    assert "my_tools.py" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_ctrl_c_while_a_file_is_imported_ends_the_command(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        load_tools(write(tmp_path, "raise KeyboardInterrupt"))
 
 
 def test_a_file_that_is_not_there(tmp_path):
