@@ -1,5 +1,7 @@
 """What people look at: the plan of a run, its progress, its curve, and one line for a mistake."""
 
+import codecs
+import contextlib
 import json
 import os
 import sys
@@ -11,8 +13,9 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
-from minilora.config import UserError
+from minilora.config import UserError, check_file
 from minilora.files import replacing, write_file
+from minilora.jsontext import load_json
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -25,6 +28,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def run_command(main: Callable[[], None]) -> int:
     """Runs a command; a user's mistake is one line on stderr and status 2, Ctrl-C is status 130."""
+    _ready_streams()
     try:
         main()
         sys.stdout.flush()
@@ -46,6 +50,30 @@ def run_command(main: Callable[[], None]) -> int:
         print("stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def _ready_streams() -> None:
+    """Makes stdin, stdout and stderr bear whatever a command reads and writes.
+
+    One that was closed, which Python has as None, is as if it were /dev/null. What the encoding of
+    stdout lacks is written as JSON's own escape, \\u2588: there JSON stays JSON, for it has such
+    characters only inside strings. Input that is no text comes as half surrogate pairs, which
+    whoever needs text refuses.
+    """
+    for name, mode, errors in (("stdin", "r", "surrogateescape"), ("stdout", "w", "escape_json"),
+                               ("stderr", "w", "backslashreplace")):
+        stream = getattr(sys, name) or open(os.devnull, mode)  # noqa: SIM115 - to the end
+        with contextlib.suppress(AttributeError, OSError):
+            stream.reconfigure(errors=errors)  # unless it holds text, or was read from before
+        setattr(sys, name, stream)
+
+
+def _escape_json(error: UnicodeEncodeError) -> tuple[str, int]:
+    """What stands for the characters that cannot be encoded, and where to go on after them."""
+    return json.dumps(error.object[error.start:error.end])[1:-1], error.end
+
+
+codecs.register_error("escape_json", _escape_json)
 
 
 _JOINERS = "\u200c\u200d"  # parts of Persian words and of emoji
@@ -115,32 +143,59 @@ def append_metrics(path: Path, record: dict) -> None:
                         f"python train.py --resume {path.parent}") from None
 
 
+_LOSSES = ("loss", "held_out_loss")  # numbers of a record, which may lack either
+
+
 def read_metrics(path: Path) -> list[dict]:
-    """The lines of metrics.jsonl up to one that a crash has cut short or left as other bytes."""
+    """The records in metrics.jsonl, less lines that are none: a crash has cut them short or left
+    other bytes there, or somebody has written to them. Raises UserError for what is no plain file.
+    """
+    if not path.exists():
+        return []
+    check_file(path)
     records = []
-    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_text("utf-8", "replace").splitlines():
+        with contextlib.suppress(ValueError):
+            record = load_json(line)
+            if isinstance(record, dict) and type(record.get("step")) is int and all(
+                    type(record.get(name, 0.0)) in (int, float) for name in _LOSSES):
+                records.append(record)
     return records
 
 
 def forget_metrics_after(path: Path, step: int) -> None:
-    """Drops the lines of later steps, which a run resumed at `step` will write again."""
+    """Drops the lines of later steps, which a run resumed at `step` will write again, and those
+    that are no records; a note tells of earlier steps that then have none.
+    """
     kept = [record for record in read_metrics(path) if record["step"] <= step]
+    if missing := sorted({*range(1, step + 1)} - {record["step"] for record in kept}):
+        say(f"note: {path} has no record of {len(missing)} of the first {step} steps: curve.png is "
+            f"drawn without them (the first is step {missing[0]})")
     write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
 
 
-def draw_curve(metrics: Path, picture: Path) -> bool:
-    """Draws loss and held-out loss over the steps as a PNG. False where matplotlib is missing."""
+def draw_curve(metrics: Path, picture: Path) -> None:
+    """Draws loss and held-out loss over the steps as a PNG. Where that fails a note says why: a run
+    is worth more than its picture.
+    """
     try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    records = read_metrics(metrics)
-    train = [(r["step"], r["loss"]) for r in records if "loss" in r]
-    held = [(r["step"], r["held_out_loss"]) for r in records if "held_out_loss" in r]
+        _draw(read_metrics(metrics), picture)
+    except ImportError as error:
+        reason = f"{error} (pip install matplotlib)"
+    except UserError as error:
+        reason = str(error)
+    except Exception as error:  # from matplotlib: its settings, its fonts
+        reason = repr(error)
+    else:
+        return
+    say(visible(f"note: {picture.name} is not drawn: {reason}"))
+
+
+def _draw(records: list[dict], picture: Path) -> None:
+    from matplotlib.figure import Figure
+
+    train, held = ([(record["step"], record[name]) for record in records if name in record]
+                   for name in _LOSSES)
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     if train:
@@ -161,4 +216,3 @@ def draw_curve(metrics: Path, picture: Path) -> bool:
         axes.legend()
     with replacing(picture) as aside:
         figure.savefig(aside, format="png", dpi=120)
-    return True
