@@ -26,6 +26,10 @@ from minilora.tokenizer import Tokenizer
 REAL = "MINILORA_REAL_INPUT"  # folder of real vocabularies and data that some tests can use
 LAW = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 
+# What only a GPU runs. The names of such tests end in on_a_gpu, by which tests/bench/gpu.sh finds
+# them.
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
 # The query scalar is not the head dim, √D is exact in no dtype, the window is shorter than the
 # sequences of the tests, N / K ≠ 1, N·H ≠ D, and seven layers of Gemma 3 reach a global one.
 _TINY = {

@@ -4,6 +4,7 @@ Nothing here looks at how long something took.
 """
 
 import copy
+import importlib
 import json
 import os
 import shutil
@@ -19,6 +20,8 @@ from conftest import LAW, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
 from minilora import bench, linear, lora, loss, model, trainer
 from minilora.__main__ import main as minilora
@@ -58,9 +61,7 @@ def theirs(run, *words: object) -> dict:
     pytest.importorskip("transformers")
     from bench import peer
 
-    if peer.DEVICE != "cpu":
-        pytest.skip("the peer runs on the GPU here")
-    return run(peer.main, *words)
+    return run(peer.main, *words, "--device", "cpu")
 
 
 # --- the figures ----------------------------------------------------------------------------------
@@ -133,7 +134,7 @@ def taken(monkeypatch):
 
 @pytest.mark.parametrize("name", without.TAKE_OUT)
 def test_without_a_technique_the_same_is_computed(made, run, taken, name):
-    if name in ("one-row", "raw-logits"):
+    if name in ("one-row", "raw-logits", "sdpa"):
         line, key = ["generate", made / "model", "--new", 6], "ids"
     else:
         line, key = ["train", made / "model", made / "packed", "--seed-lora", made / "lora",
@@ -264,11 +265,12 @@ def bench_step(norm: float):
 
 
 def test_the_bandwidth_is_of_the_whole_matrix(monkeypatch):
-    """A clock that adds a second at each look: bytes a second are the table's."""
+    """A clock that adds a second at each look: bytes a second are those of what was multiplied."""
     ticks = iter(range(10**6))
     monkeypatch.setattr(bench, "now", lambda device: next(ticks))
     weight = tiny_model().embed_tokens.weight
-    assert bench.matrix_bandwidth(weight) == weight.nbytes
+    assert bench.matrix_bandwidth(weight, 1) == weight.nbytes
+    assert bench.matrix_bandwidth(weight, 7) == 7 * weight.nbytes
 
 
 @pytest.mark.parametrize("shapes, flops", [
@@ -279,6 +281,104 @@ def test_the_bandwidth_is_of_the_whole_matrix(monkeypatch):
 ])
 def test_flops_of_a_product(shapes, flops):
     assert breakdown.product_flops(shapes) == flops
+
+
+@pytest.mark.parametrize("name, shapes", [
+    ("aten::mm", [(4, 5), (5, 6)]),
+    ("aten::mm", [(4, 5), (5, 6), (4, 6)]),  # what it fills, as compiled layers have it
+    ("aten::addmm", [(6,), (4, 5), (5, 6)]),
+    ("aten::addmm", [(4, 6), (4, 5), (5, 6), (4, 6)]),
+    ("mkldnn::_linear_pointwise", [(4, 5), (5, 6)]),
+    ("mkldnn::_linear_pointwise", [(4, 5), (4, 6), (5, 6)]),  # with what is added
+])
+def test_factors_of_a_product(name, shapes):
+    assert breakdown.factors(name, shapes) == [(4, 5), (5, 6)]
+
+
+def a_kernel(name: str, micros: float, annotation: bool = False) -> FunctionEvent:
+    """An event of a GPU."""
+    return FunctionEvent(0, name, 0, 0, micros, device_type=DeviceType.CUDA, use_device="cuda",
+                         is_user_annotation=annotation)
+
+
+def an_operation(name: str, shapes: list, kernels: list[FunctionEvent]) -> FunctionEvent:
+    """An event of the CPU, 7 microseconds long, that starts kernels."""
+    event = FunctionEvent(0, name, 0, 0, 7, use_device="cuda", input_shapes=shapes)
+    for kernel in kernels:
+        event.append_kernel(kernel.name, 0, kernel.time_range.elapsed_us())
+    return event
+
+
+def test_a_kernel_is_counted_once():
+    """Whether an operation knows it or not; the time of annotations is not work."""
+    gemm, other, split, adam, flex, replayed, copied = kernels = [
+        a_kernel("sm90_xmma_gemm_bf16", 100), a_kernel("nvjet_hsh_128x256", 50),
+        a_kernel("cublasLt::splitKreduce_kernel", 10),
+        a_kernel("multi_tensor_apply_kernel<FusedAdamMathFunctor>", 3),
+        a_kernel("triton_tem_fused_flex_attention_3", 40),
+        a_kernel("nvjet_hsh_64x8", 20), a_kernel("Memcpy HtoD", 1)]
+    capped = a_kernel("triton_per_fused_logsumexp", 5)
+    events = [
+        *kernels, capped,
+        a_kernel("Optimizer.step#AdamW.step", 1000, annotation=True),
+        an_operation("Optimizer.step#AdamW.step", [], []),
+        an_operation("aten::linear", [[64, 8], [4096, 8]], []),
+        an_operation("aten::mm", [[64, 8], [8, 4096]], [gemm]),
+        an_operation("aten::mm", [[64, 8], [8, 16], [64, 16]], [other, split]),
+        an_operation("aten::_fused_adamw_", [], [adam]),
+        an_operation("triton_tem_fused_flex_attention_3", [[2, 4, 64, 16]], [flex]),
+        an_operation("triton_per_fused_logsumexp", [[64, 4096], []], [capped]),
+        an_operation("cudaGraphLaunch", [], [])]
+    taken, products = breakdown.account(events, 4096, on_gpu=True)
+    assert {kind: time for kind, time in taken.items() if time} == {
+        "logits and loss": 105, "products": 80, "attention": 40, "optimizer": 3, "element-wise": 1}
+    assert products == {"64×8 · 8×4096": [2 * 64 * 8 * 4096, 100],
+                        "64×8 · 8×16": [2 * 64 * 8 * 16, 60]}
+
+
+def test_on_a_cpu_operations_take_the_time():
+    events = [an_operation("aten::mm", [[64, 8], [8, 16]], []), an_operation("aten::mul", [], [])]
+    taken, products = breakdown.account(events, 4096, on_gpu=False)
+    assert taken == {"products": 7, "element-wise": 7}
+    assert products == {"64×8 · 8×16": [2 * 64 * 8 * 16, 7]}
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("void fmha_cutlassF_bf16_aligned_64x64_rf_sm80", "attention"),
+    ("void cutlass::Kernel2<cutlass_80_wmma_tensorop_bf16>", "products"),
+    ("void at::native::multi_tensor_apply_kernel<LpNormFunctor>", "optimizer"),
+    ("triton_red_fused_mean_mul_pow_rsqrt_2", "element-wise")])
+def test_kinds_of_kernels(name, kind):
+    assert breakdown.kind_of(name, [], 4096) == kind
+
+
+@pytest.mark.parametrize("what", ["train", "generate"])
+def test_where_the_time_goes(what, made, run):
+    inputs = [made / "packed"] if what == "train" else []
+    found = run(breakdown.main, what, made / "model", *inputs, "--device", "cpu")
+    assert found.keys() >= {"device", "step_seconds", "peak_flops", "peak_device_gb"}
+    assert {"products", "logits and loss", "element-wise", "gaps"} <= found["shares"].keys()
+    assert ("optimizer" in found["shares"]) == (what == "train")
+    assert found["products"] and all(
+        part.keys() == {"share", "of_peak"} for part in found["products"].values())
+
+
+def test_a_step_of_decoding_comes_after_the_recording(made, run, monkeypatch):
+    """What is measured begins after `FIRST` steps, and when it is watched nothing is recorded."""
+    module, recorded, drawn = importlib.import_module("minilora.generate"), [], []
+
+    def see(ready, *_):
+        for watched in (False, True):
+            rest = ready(watched)
+            drawn.append((len(recorded), len(rest())))
+        return {"step_seconds": 32.0}
+
+    monkeypatch.setattr(module, "records", lambda device: True)
+    monkeypatch.setattr(module, "compiles", lambda device: False)
+    monkeypatch.setattr(breakdown, "record", lambda step, cache: recorded.append(1) or step)
+    monkeypatch.setattr(breakdown, "measure", see)
+    found = run(breakdown.main, "generate", made / "model", "--device", "cpu")
+    assert drawn == [(1, 32), (1, 32)] and found["step_seconds"] == 1
 
 
 # --- comparing ------------------------------------------------------------------------------------
@@ -365,18 +465,18 @@ def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path, taken
     pytest.importorskip("peft")
     from bench import peer
 
-    if peer.DEVICE != "cpu":
-        pytest.skip("the peer runs on the GPU here")
     mains = {"make.py": make.main, "peer.py": peer.main, "without.py": without.main,
              "stream.py": stream.main}
-    lie = {}
+    lie, commands = {}, []
 
     def here(title: str, command: list, flags: Namespace) -> str:
+        commands.append(list(map(str, command)))
         capsys.readouterr()
         script = Path(str(command[1])).name
         words = list(map(str, command[2:])) if script in mains else list(map(str, command[3:]))
         mains.get(script, minilora)(words)
         out = capsys.readouterr().out
+        assert script == "make.py" or json.loads(out)["device"] == "cpu"
         return json.dumps(json.loads(out) | lie) if script == "-m" else out
 
     monkeypatch.setenv("MINILORA_CACHE", str(tmp_path / "cache"))
@@ -401,13 +501,17 @@ def test_a_comparison_from_end_to_end(made, monkeypatch, capsys, tmp_path, taken
     small = [(job, settings | {"steps": 3}) for job, settings in compare.CPU
              if "shape" not in settings]
     monkeypatch.setattr(compare, "CPU", small)
-    compare.main(["cpu", *line[1:], "--rounds", "1", "--batch", "1", "--prompt", "8", "--new", "4",
+    line = [word for word in line[1:] if word not in ("--device", "cpu")]  # all that it means
+    commands.clear()
+    compare.main(["cpu", *line, "--rounds", "1", "--batch", "1", "--prompt", "8", "--new", "4",
                   "--lengths", "16", "32", "--tokens", "32", "--conversations", "10", "40",
                   "--count", "12"])
     shown, done = capsys.readouterr().out, list(map(json.loads, map(Path.read_text, sorted(
         (tmp_path / "results").iterdir()))))
     assert {found["job"] for found in done} == {job for job, _ in small}
     assert not any(found["left_out"] for found in done)
+    assert all(words[words.index("--device") + 1] == "cpu" for words in commands
+               if "make.py" not in words[1]) and any("peer.py" in words[1] for words in commands)
     assert shown.count("| 1 × 32 tokens, 25% trained, tiny, float32 | ") == 1 + len(
         compare.TECHNIQUES)
     assert "| 12 conversations of train.jsonl, tiny, float32, packed | " in shown

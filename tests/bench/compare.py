@@ -36,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
         flags.work = (flags.work or Path(folder)).resolve()
         flags.work.mkdir(parents=True, exist_ok=True)
         done, refused = [], []
-        for job, settings in CPU if flags.job == "cpu" else [(flags.job, {})]:
+        for job, settings in ([(job, {"device": "cpu"} | settings) for job, settings in CPU]
+                              if flags.job == "cpu" else [(flags.job, {})]):
             try:
                 done.append(RUN[job](argparse.Namespace(**{**vars(flags), "job": job, **settings})))
             except Refused as reason:
@@ -116,6 +118,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                         help="of rows, for scaling")
     parser.add_argument("--tokens", type=int, default=4096, help="of a batch, for scaling: as many "
                         "rows as make that, one at least")
+    parser.add_argument("--without", nargs="*", help="techniques, for decoding, in the words of "
+                        "without.py (default: those of a CPU)")
     parser.add_argument("--conversations", type=int, nargs="*", default=[1000, 100_000],
                         help="for feeding")
     return parser.parse_args(argv)
@@ -238,13 +242,13 @@ def run_decoding(flags: argparse.Namespace) -> dict:
     """The same for decoding."""
     batch = flags.batch or 1
     size = [checkpoint(flags), "--batch", batch, "--prompt", flags.prompt, "--new", flags.new]
-    kernel = "onednn" if flags.dtype == "float32" else "one-row"
-    runs, left_out = in_turn(flags, taken_out(flags, (kernel, "raw-logits"), "generate", size))
+    names = flags.without or ["onednn" if flags.dtype == "float32" else "one-row", "raw-logits"]
+    runs, left_out = in_turn(flags, taken_out(flags, names, "generate", size))
     check_ids(runs, flags.dtype)
     return result(flags, runs, left_out, batch=batch, prompt=flags.prompt, new=flags.new)
 
 
-def taken_out(flags: argparse.Namespace, names: tuple[str, ...], what: str,
+def taken_out(flags: argparse.Namespace, names: Sequence[str], what: str,
               arguments: list) -> dict[str, list]:
     """Our command, and the same without each of some techniques."""
     whole = ours(flags, what, "plain", arguments)
@@ -300,7 +304,7 @@ def sides(flags: argparse.Namespace, what: str, arguments: list) -> dict[str, li
             attention, *more = spec.split("+")
             found[f"transformers + peft{label(spec)}"] = [
                 sys.executable, HERE / "peer.py", what, *arguments, "--dtype", flags.dtype,
-                "--attn", attention, *(f"--{word}" for word in more)]
+                "--device", flags.device, "--attn", attention, *(f"--{word}" for word in more)]
     return found
 
 

@@ -25,7 +25,6 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("model")
     parser.add_argument("batches", nargs="?")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="auto", help="auto: the GPU where there is one")
     parser.add_argument("--attn", default="eager", help="eager, sdpa or flex_attention")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--checkpointing", action="store_true")
@@ -49,25 +49,30 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch")
     flags = parser.parse_args(argv)
+    if flags.device == "auto":
+        flags.device = "cuda" if torch.cuda.is_available() else "cpu"
+    flags.device = torch.device(flags.device)
+    on_gpu = flags.device.type == "cuda"
     torch.manual_seed(0)
     facts = {"stack": "transformers + peft", "dtype": flags.dtype, "attn": flags.attn,
-             "device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"}
+             "device": torch.cuda.get_device_name(flags.device) if on_gpu else "cpu"}
     facts |= {"train": train, "generate": generate, "load": load, "merge": merge}[flags.what](flags)
-    on_gpu = torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None
+    held = torch.cuda.max_memory_allocated(flags.device) / 2**30 if on_gpu else None
     unit = 1 if sys.platform == "darwin" else 1024
-    facts |= {"peak_device_gb": on_gpu,
+    facts |= {"peak_device_gb": held,
               "peak_host_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     print(json.dumps(facts))
 
 
 def read_model(flags: argparse.Namespace):
     return AutoModelForCausalLM.from_pretrained(
-        flags.model, dtype=getattr(torch, flags.dtype), attn_implementation=flags.attn).to(DEVICE)
+        flags.model, dtype=getattr(torch, flags.dtype),
+        attn_implementation=flags.attn).to(flags.device)
 
 
-def now() -> float:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
+def now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
@@ -85,20 +90,21 @@ def train(flags: argparse.Namespace) -> dict:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, flags.lr, weight_decay=0.0, fused=DEVICE == "cuda")
+    optimizer = torch.optim.AdamW(trained, flags.lr, weight_decay=0.0,
+                                  fused=flags.device.type == "cuda")
     forward = torch.compile(model) if flags.compile else model
 
     losses, norms, seconds, counts = [], [], [], []
     for batch in read_steps(load_file(flags.batches)):
-        start = now()
-        batch = {name: tensor.to(DEVICE) for name, tensor in batch.items()}
+        start = now(flags.device)
+        batch = {name: tensor.to(flags.device) for name, tensor in batch.items()}
         loss = forward(**batch).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
-        seconds.append(now() - start)
+        seconds.append(now(flags.device) - start)
         norms.append(norm.item())
         counts.append((batch["input_ids"].numel(), int((batch["labels"][:, 1:] >= 0).sum())))
     warm = 2 if len(seconds) > 2 else 0
@@ -128,14 +134,15 @@ def read_steps(tensors: dict[str, torch.Tensor]):
 def generate(flags: argparse.Namespace) -> dict:
     model = read_model(flags).eval()
     torch.manual_seed(0)
-    ids = torch.randint(10, model.config.vocab_size, (flags.batch, flags.prompt), device=DEVICE)
+    ids = torch.randint(10, model.config.vocab_size, (flags.batch, flags.prompt),
+                        device=flags.device)
     cache = {"cache_implementation": "static"} if flags.static else {}
 
     def run(new: int) -> tuple[float, list[list[int]]]:
-        start = now()
+        start = now(flags.device)
         out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
                              min_new_tokens=new, max_new_tokens=new, **cache)
-        return now() - start, out[:, flags.prompt:].tolist()
+        return now(flags.device) - start, out[:, flags.prompt:].tolist()
 
     run(flags.new)
     first = min(run(1)[0] for _ in range(3))
@@ -152,11 +159,11 @@ def load(flags: argparse.Namespace) -> dict:
                 pass
     seconds = []
     for _ in range(flags.rounds):
-        start = now()
+        start = now(flags.device)
         model = read_model(flags)
         for parameter in model.parameters():  # a page that is only mapped is not loaded
             parameter.detach().view(-1)[::1024].sum().item()
-        seconds.append(now() - start)
+        seconds.append(now(flags.device) - start)
         del model
     return {"load_seconds": seconds}
 
@@ -173,12 +180,12 @@ def merge(flags: argparse.Namespace) -> dict:
                 if "lora_B" in name:
                     parameter.normal_(0.0, 0.01)
         with tempfile.TemporaryDirectory(dir=flags.scratch) as folder:
-            start = now()
+            start = now(flags.device)
             model.merge_and_unload().save_pretrained(folder)
             for path in Path(folder).iterdir():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-            seconds.append(now() - start)
+            seconds.append(now(flags.device) - start)
         del model
     return {"export_seconds": seconds}
 

@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from minilora.bench import now, peaks
+from minilora.bench import device_name, now, peaks
 from minilora.cache import load_examples
 from minilora.config import LoraConfig, TrainConfig, add_flags, from_flags
 from minilora.lora import attach
@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     start = time.perf_counter()
     examples = load_examples(config.data, tokenizer, config.dialect, config.length)
     plan_steps(examples, config)
-    stream = stream_batches(examples, config)
+    stream = stream_batches(examples, config, fill=model.compiled)
     batch = next(stream)
     begin = time.perf_counter() - start
     seconds = []
@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> None:
         train_step(model, optimizer, [batch], config.lr, config.clip)
         batch = next(stream)
         seconds.append(now(device) - at)
-    print(json.dumps({"stack": "minilora", "examples": len(examples), "threads":
-                      torch.get_num_threads(), "start_seconds": round(begin, 3),
+    print(json.dumps({"stack": "minilora", "device": device_name(device),
+                      "examples": len(examples), "threads": torch.get_num_threads(),
+                      "start_seconds": round(begin, 3),
                       "step_seconds": round(statistics.median_high(seconds[2:]), 4),
                       **peaks(device)}))
 

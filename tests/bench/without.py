@@ -54,6 +54,21 @@ def attention_by_blocks() -> None:
     model.attend = attend
 
 
+def sdpa() -> None:
+    """On a GPU a single query, too, by products of its own, where SDPA takes one without a cap."""
+    attend = attention.attend
+
+    def plain(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float,
+              softcap: float | None) -> Tensor:
+        B, N, T, H = q.shape
+        if T > 1:
+            return attend(q, k, v, mask, scale, softcap)
+        q = (q * scale).view(B, k.shape[1], -1, T, H)
+        return attention._plain(q, k, v, mask, softcap).view(B, N, T, H)
+
+    model.attend = plain
+
+
 def gathering() -> None:
     """The logits of all tokens, whether they are trained or not."""
     def token_loss(model: Gemma, hidden: Tensor, labels: Tensor) -> tuple[Tensor, int]:
@@ -107,8 +122,8 @@ def raw_logits() -> None:
 
 
 TAKE_OUT = {function.__name__.replace("_", "-"): function for function in (
-    onednn, one_row, attention_by_blocks, gathering, gradient_in_forward, columns, lora_function,
-    norm_function, kept_memory, raw_logits)}
+    onednn, one_row, attention_by_blocks, sdpa, gathering, gradient_in_forward, columns,
+    lora_function, norm_function, kept_memory, raw_logits)}
 
 if __name__ == "__main__":
     raise SystemExit(run_command(main))
