@@ -136,7 +136,7 @@ def soak_chat(flags: argparse.Namespace) -> None:
         starts.add(since)
         return latest(messages, fits, since)
 
-    def questions() -> Iterator[str]:
+    def questions(*_) -> Iterator[str]:
         for number, asked in enumerate(itertools.islice(itertools.cycle(ASKED), flags.turns)):
             begin = time.process_time()
             yield asked.format(city=CITIES[number % len(CITIES)], n=number)
