@@ -11,6 +11,10 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+# What is tested is small: threads would only wait for each other. Before torch is imported, and for
+# the programs that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
