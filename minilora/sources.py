@@ -183,7 +183,7 @@ def would_read(data: str, path: Path) -> bool:
     for name, _ in split_data(data):
         whole = os.path.abspath(builtin(name))
         if os.path.isdir(whole):
-            if path.parent == Path(whole).resolve() or path.parent == Path(whole):
+            if os.path.realpath(path.parent) == os.path.realpath(whole):
                 return True
         elif glob.has_magic(name) and not os.path.exists(whole) and (
                 fnmatch.fnmatch(str(path), whole.replace("**/", "*")) if "**" in name else

@@ -139,6 +139,14 @@ def check_read(path: Path, tokenizer, random: Random) -> tuple[object, list[str]
 
 # --- rows and files -------------------------------------------------------------------------------
 
+def write(random: Random, path: Path, data: bytes) -> Path:
+    """Writes a file, now and then as .gz; returns its path."""
+    if random.random() < 0.2:
+        path, data = path.with_name(f"{path.name}.gz"), gzip.compress(data, 1)
+    path.write_bytes(data)
+    return path
+
+
 def mutated_row(random: Random) -> bytes:
     """A row of some layout with something wrong in it, most often as a value."""
     value, how = random.choice(ROWS), random.random()
@@ -160,9 +168,7 @@ def test_rows_of_every_layout(place, tokenizer, cases, tried):
         if data.lstrip(b"\n").startswith(b"["):
             data = b"{}\n" + data
         data = random.choice([b"", b"", b"\xef\xbb\xbf"]) + data
-        packed = random.random() < 0.2
-        path = folder / ("rows.jsonl.gz" if packed else "rows.jsonl")
-        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        path = write(random, folder / "rows.jsonl", data)
         found, problems = check_read(path, tokenizer, random)
         if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
             assert "UTF-16" in found
@@ -188,9 +194,7 @@ def test_arrays(place, tokenizer, cases, tried):
         data = data if whole else hostile_text(random, data)
         if data.removeprefix(b"\xef\xbb\xbf").lstrip()[:1] != b"[":
             return Refused("lines")
-        packed = random.random() < 0.2
-        path = folder / ("rows.json.gz" if packed else "rows.json")
-        path.write_bytes(gzip.compress(data, 1) if packed else data)
+        path = write(random, folder / "rows.json", data)
         found, problems = check_read(path, tokenizer, random)
         assert not isinstance(found, Refused)
         good = []  # the rows before the first bad one
