@@ -96,12 +96,12 @@ def any_reply(rng: Random, tokenizer: Tokenizer, dialect: str) -> list[int]:
         start, end = sorted(rng.choices(range(len(ids) + 1), k=2))
         few = min(end, start + rng.choice([0, 0, 1, 3]))
         before, part, after = ids[:start], ids[start:end], ids[end:]
+        times = rng.choice([2, 2, 3, 40 if len(ids) < 2000 else 2])
+        new = rng.choice([[], [rng.choice(own)], [rng.choice(tags)], [rng.randrange(every)],
+                          tokenizer.encode(rng.choice(ODD))])
         ids = rng.choice([
-            [*before, *ids[few:]], [*before, *part * rng.choice([2, 2, 3, 40]), *after],
-            [*before, *part[::-1], *after], [*before, *part], [*before, *after],
-            *([*before, new, *ids[few:]] for new in (
-                rng.choice(own), rng.choice(tags), rng.randrange(every))),
-            [*before, *tokenizer.encode(rng.choice(ODD)), *ids[few:]]])
+            *[[*before, *new, *ids[few:]]] * 5, [*before, *part * times, *after],
+            [*before, *part[::-1], *after], [*before, *part], [*before, *after]])
     return ids
 
 
